@@ -1,0 +1,39 @@
+"""Save, move, fork and resume the live state of a Transformer.
+
+```python
+import semq_state as sq
+
+with sq.capture(model, tokenizer=tokenizer) as run:
+    model.generate(**inputs, max_new_tokens=200)
+sq.save(run.snapshot(), "chat.safetensors")
+
+resumed = sq.restore(sq.load("chat.safetensors"), model)
+tokens = resumed.generate(max_new_tokens=100)
+```
+"""
+
+from __future__ import annotations
+
+from semq_state.audit.verify import Verification as Verification
+from semq_state.audit.verify import verify as verify
+from semq_state.capture import capture as capture
+from semq_state.capture import snapshot_of as snapshot_of
+from semq_state.errors import CalibrationError as CalibrationError
+from semq_state.errors import FormatError as FormatError
+from semq_state.errors import IncompleteStateError as IncompleteStateError
+from semq_state.errors import IntegrityError as IntegrityError
+from semq_state.errors import ModelMismatchError as ModelMismatchError
+from semq_state.errors import SemqStateError as SemqStateError
+from semq_state.errors import StoreError as StoreError
+from semq_state.errors import UnknownCodecError as UnknownCodecError
+from semq_state.errors import UnsupportedModelError as UnsupportedModelError
+from semq_state.errors import UnsupportedOperationError as UnsupportedOperationError
+from semq_state.files import inspect as inspect
+from semq_state.files import load as load
+from semq_state.files import save as save
+from semq_state.provenance import Provenance as Provenance
+from semq_state.restore import Resumed as Resumed
+from semq_state.restore import restore as restore
+from semq_state.snapshot import Snapshot as Snapshot
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Audit: functions from snapshots and files to a report."""

@@ -1,0 +1,7 @@
+"""Capture: a live model's state to a `Snapshot`."""
+
+from __future__ import annotations
+
+from semq_state.capture.loop import snapshot_of as snapshot_of
+from semq_state.capture.session import Capture as Capture
+from semq_state.capture.session import capture as capture

@@ -1,0 +1,174 @@
+"""`sq.capture`: the context manager around `model.generate`, and its autosave."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from semq_state import files, stores
+from semq_state.capture.recorder import Recorder
+from semq_state.codecs import AbstractCodec, preset
+from semq_state.errors import IncompleteStateError, SemqStateError
+from semq_state.fingerprint import WeightsMark, fingerprint, mark_weights
+from semq_state.generation.seams import base_model, replaced
+from semq_state.provenance import Provenance
+from semq_state.snapshot import Snapshot
+
+
+class Capture:
+    """A running capture. Enter it, call `model.generate`, ask for `snapshot()` inside or after the `with`."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        tokenizer: Any = None,
+        autosave: str | os.PathLike[str] | None = None,
+        every: int = 64,
+        codec: str | AbstractCodec = "exact",
+        weights: str = "full",
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"`every` must be at least 1 token, got {every}")
+        preset(codec)
+        self._wrapper = model
+        self._model = base_model(model)
+        self._tokenizer = tokenizer
+        self._autosave = Path(autosave) if autosave is not None else None
+        self._every = every
+        self._codec = codec
+        self._weights = weights
+        self._stack = contextlib.ExitStack()
+        self._recorder: Recorder | None = None
+        self._mark: WeightsMark | None = None
+        self._provenance: Provenance | None = None
+        self._n_unsaved = 0
+        self._n_saved = 0
+
+    def __enter__(self) -> Capture:
+        if self._recorder is not None:
+            raise RuntimeError("this capture was entered before; make a new one with sq.capture(model)")
+        if self._autosave is not None:
+            stores.check_writable(self._autosave)
+        self._mark = mark_weights(self._model)
+        self._recorder = Recorder(self._model, self._on_step)
+        self._stack.enter_context(replaced(self._model, self._recorder.replacements()))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+        if self._autosave is None or not self._n_unsaved:
+            return
+        try:
+            self._save()
+        except SemqStateError as failure:
+            if error is None:
+                raise
+            # The run's own exception matters more; it must not be replaced by ours.
+            warnings.warn(f"the last state was not saved: {failure}", stacklevel=2)
+
+    @property
+    def n_saved(self) -> int:
+        """How often autosave has written the file."""
+        return self._n_saved
+
+    def snapshot(self) -> Snapshot:
+        """The state after the last finished token, also after an exception or an interrupt.
+
+        The snapshot shares memory with the live cache; it stays as it is when generation goes on.
+
+        Returns:
+            The snapshot of the last `generate` call in this capture.
+
+        Raises:
+            IncompleteStateError: no token was finished yet, something in the state cannot be kept, or the
+                weights were changed since the capture began.
+            UnsupportedOperationError: this way of generating cannot be kept.
+        """
+        if self._recorder is None or self._mark is None:
+            raise IncompleteStateError(
+                "capture",
+                expected="a capture that was entered",
+                found="a new one",
+                do="use it in a `with`",
+            )
+        changed = [name for name in self._mark.changed(self._model) if name in self._mark.held]
+        if changed:
+            raise IncompleteStateError(
+                f"weights ({', '.join(changed[:3])}{' …' if len(changed) > 3 else ''})",
+                expected="the weights with which the capture began",
+                found="other values",
+                do="nobody could say which model made this state; capture again",
+            )
+        if self._provenance is None:
+            self._provenance = fingerprint(
+                self._model, self._tokenizer, weights=self._weights, adapters_of=self._wrapper
+            )
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        return self._recorder.snapshot(dataclasses.replace(self._provenance, created=now))
+
+    def _on_step(self) -> None:
+        self._n_unsaved += 1
+        if self._autosave is None:
+            return
+        # The first token is saved at once: the prefill behind it is the dearest part to lose.
+        if self._n_saved and self._n_unsaved < self._every:
+            return
+        try:
+            self._save()
+        except SemqStateError as failure:
+            self._n_unsaved = 0
+            warnings.warn(f"autosave failed, generation goes on: {failure}", stacklevel=2)
+
+    def _save(self) -> None:
+        assert self._autosave is not None
+        files.save(self.snapshot(), self._autosave, codec=self._codec)
+        self._n_saved += 1
+        self._n_unsaved = 0
+
+
+def capture(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    autosave: str | os.PathLike[str] | None = None,
+    every: int = 64,
+    codec: str | AbstractCodec = "exact",
+    weights: str = "full",
+) -> Capture:
+    """Records what the next step of `model.generate` needs, without changing what generate returns.
+
+    Args:
+        model: a transformers model, or a PEFT wrapper around one.
+        tokenizer: its tokenizer; its digest joins the provenance, so that a restore can compare it.
+        autosave: a file that always holds the newest complete snapshot: from the first token on, every `every`
+            tokens, and at the end of the `with`, however that ends.
+        every: tokens between two autosaves.
+        codec: what autosave saves with; see `save`.
+        weights: `full` reads all weights once for the digest; `sampled` is the cheaper mode for very large
+            models (`semq_state.fingerprint.MODES`).
+
+    Returns:
+        The capture, to be used in a `with`.
+
+    Raises:
+        UnsupportedModelError: the model cannot be captured.
+        StoreError: the autosave folder cannot be written to.
+
+    Example:
+        >>> with sq.capture(model, tokenizer=tokenizer) as run:  # doctest: +SKIP
+        ...     model.generate(**inputs, max_new_tokens=200, do_sample=True)
+        >>> snapshot = run.snapshot()  # doctest: +SKIP
+    """
+    return Capture(model, tokenizer=tokenizer, autosave=autosave, every=every, codec=codec, weights=weights)

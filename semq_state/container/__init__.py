@@ -1,0 +1,14 @@
+"""Container: named sections and a manifest as one safetensors file; it knows no model."""
+
+from __future__ import annotations
+
+from semq_state.container.header import MANIFEST as MANIFEST
+from semq_state.container.header import Header as Header
+from semq_state.container.header import Section as Section
+from semq_state.container.header import read_header as read_header
+from semq_state.container.manifest import FORMAT_VERSION as FORMAT_VERSION
+from semq_state.container.manifest import Manifest as Manifest
+from semq_state.container.manifest import SectionEntry as SectionEntry
+from semq_state.container.manifest import TensorEntry as TensorEntry
+from semq_state.container.manifest import read_manifest as read_manifest
+from semq_state.container.writer import SectionWriter as SectionWriter

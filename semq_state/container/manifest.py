@@ -1,0 +1,220 @@
+"""The manifest: what each section is, in canonical msgpack, written and read with every field checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgpack
+
+from semq_state import content
+from semq_state.container.header import MANIFEST, Header
+from semq_state.content import DTYPES, TensorSpec
+from semq_state.errors import FormatError, IntegrityError
+
+FORMAT_VERSION = 1
+
+_T = TypeVar("_T")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
+
+
+@dataclass(frozen=True)
+class SectionEntry:
+    """One section: tokens `start` to `stop` of a tensor, under a codec."""
+
+    section: str
+    start: int
+    stop: int
+    codec: str
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor: its spec, the digest of each chunk, and the sections that hold it."""
+
+    spec: TensorSpec
+    digests: tuple[str, ...]
+    sections: tuple[SectionEntry, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a file says besides the tensors themselves."""
+
+    writer: str
+    codec: str
+    structure: Mapping[str, Any]
+    tensors: Mapping[str, TensorEntry]
+    provenance: Mapping[str, Any]
+    content_digest: str
+    state_id: str
+
+    def to_bytes(self) -> bytes:
+        return content.pack(
+            {
+                "format_version": FORMAT_VERSION,
+                "writer": self.writer,
+                "codec": self.codec,
+                "structure": self.structure,
+                "tensors": {
+                    name: {
+                        "dtype": t.spec.dtype,
+                        "shape": t.spec.shape,
+                        "digests": t.digests,
+                        "sections": [[s.section, s.start, s.stop, s.codec, s.params] for s in t.sections],
+                    }
+                    for name, t in self.tensors.items()
+                },
+                "provenance": self.provenance,
+                "content_digest": self.content_digest,
+                "state_id": self.state_id,
+            }
+        )
+
+
+def read_manifest(data: bytes, header: Header, where: str) -> Manifest:
+    """The inverse of `Manifest.to_bytes`, held against the header and against its own digests.
+
+    Raises:
+        FormatError: a field is missing, unknown or of the wrong kind, or the format is newer.
+        IntegrityError: header and manifest disagree, or a digest does not follow from the rest.
+    """
+    check = _Check(where)
+    try:
+        raw = msgpack.unpackb(data, raw=False, strict_map_key=True, max_ext_len=0)
+        canonical = content.pack(raw) == data
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise check.refused("a manifest in msgpack", f"{type(error).__name__}: {error}") from error
+    fields = check.table(raw, "manifest")
+    version = fields.get("format_version")
+    if version != FORMAT_VERSION:
+        raise check.refused(
+            f"format version {FORMAT_VERSION}",
+            f"{version!r}",
+            do="update semq_state to read this file",
+        )
+    expected = {"format_version", *Manifest.__dataclass_fields__}
+    if fields.keys() != expected:
+        raise check.refused(f"the fields {sorted(expected)}", f"{sorted(fields)}")
+    if not canonical:
+        raise check.refused("canonical msgpack", "another encoding of the same values")
+
+    tensors = {
+        name: _tensor(name, check.table(entry, name), check)
+        for name, entry in check.table(fields["tensors"], "tensors").items()
+    }
+    manifest = Manifest(
+        writer=check.text(fields["writer"], "writer"),
+        codec=check.text(fields["codec"], "codec"),
+        structure=check.table(fields["structure"], "structure"),
+        tensors=tensors,
+        provenance=check.table(fields["provenance"], "provenance"),
+        content_digest=check.text(fields["content_digest"], "content_digest"),
+        state_id=check.text(fields["state_id"], "state_id"),
+    )
+    _hold_against_header(manifest, header, check)
+    found = content.content_digest(
+        manifest.structure,
+        {name: t.spec for name, t in tensors.items()},
+        {name: t.digests for name, t in tensors.items()},
+    )
+    if found != manifest.content_digest:
+        raise check.broken(f"content digest {manifest.content_digest}", found)
+    return manifest
+
+
+def _tensor(name: str, entry: Mapping[str, Any], check: _Check) -> TensorEntry:
+    if entry.keys() != {"dtype", "shape", "digests", "sections"}:
+        raise check.refused(f"dtype, shape, digests and sections for {name!r}", f"{sorted(entry)}")
+    shape = entry["shape"]
+    if entry["dtype"] not in DTYPES or not isinstance(shape, list) or len(shape) > 16:
+        raise check.refused(f"a dtype and a shape for {name!r}", f"{entry['dtype']!r}, {shape!r:.80}")
+    spec = TensorSpec(entry["dtype"], tuple(check.count(size, name) for size in shape))
+    sections = []
+    for item in check.items(entry["sections"], name):
+        if not isinstance(item, list) or len(item) != 5:
+            raise check.refused(f"five fields for a section of {name!r}", f"{item!r:.80}")
+        sections.append(
+            SectionEntry(
+                check.text(item[0], name),
+                check.count(item[1], name),
+                check.count(item[2], name),
+                check.text(item[3], name),
+                check.table(item[4], name),
+            )
+        )
+    digests = tuple(check.text(digest, name) for digest in check.items(entry["digests"], name))
+    # The count is compared first: it is arithmetic, whereas a list of chunks takes memory as the shape claims.
+    if len(digests) != spec.n_chunks or not all(_DIGEST.match(d) for d in digests):
+        raise check.refused(f"{spec.n_chunks} digests for {name!r}", f"{len(digests)}")
+    bounds = [(s.start, s.stop) for s in sections]
+    if bounds not in (spec.chunks(), [(0, spec.n_tokens)]):
+        raise check.refused(f"sections that cover {name!r} of shape {spec.shape}", f"{bounds!r:.80}")
+    return TensorEntry(spec, digests, tuple(sections))
+
+
+def _hold_against_header(manifest: Manifest, header: Header, check: _Check) -> None:
+    used = [MANIFEST]
+    for name, tensor in manifest.tensors.items():
+        for entry in tensor.sections:
+            used.append(entry.section)
+            section = header.sections.get(entry.section)
+            if section is None:
+                raise check.broken(f"section {entry.section!r} for {name!r}", "none")
+            spec = tensor.spec.chunk(entry.start, entry.stop)
+            # A section is the tensor itself, readable by anyone, or a coded payload.
+            if section.spec != spec and (section.spec.dtype, len(section.spec.shape)) != ("U8", 1):
+                raise check.broken(f"{spec} or coded bytes in {entry.section!r}", f"{section.spec}")
+    if sorted(used) != sorted(header.sections):
+        raise check.broken(
+            "every section named once by the manifest",
+            f"{sorted(set(header.sections) ^ set(used)) or 'one named twice'}",
+        )
+    said = header.metadata.get("state_id")
+    if said != manifest.state_id:
+        raise check.broken(f"state_id {manifest.state_id} in the header", f"{said}")
+
+
+@dataclass(frozen=True)
+class _Check:
+    """Reads untrusted values; each method returns the value with its type proved, or refuses."""
+
+    where: str
+
+    def refused(self, expected: str, found: str, do: str = "") -> FormatError:
+        return FormatError(
+            f"{self.where}, manifest",
+            expected=expected,
+            found=found,
+            do=do or "use another copy of the file",
+        )
+
+    def broken(self, expected: str, found: str) -> IntegrityError:
+        return IntegrityError(
+            f"{self.where}, manifest",
+            expected=expected,
+            found=found,
+            do="the file was changed or damaged; use another copy",
+        )
+
+    def table(self, value: Any, name: str) -> dict[str, Any]:
+        return self._kind(value, dict, name, "a table")
+
+    def items(self, value: Any, name: str) -> list[Any]:
+        return self._kind(value, list, name, "a list")
+
+    def text(self, value: Any, name: str) -> str:
+        return self._kind(value, str, name, "text")
+
+    def count(self, value: Any, name: str) -> int:
+        if type(value) is not int or not 0 <= value < 1 << 48:
+            raise self.refused(f"a size for {name!r}", f"{value!r:.80}")
+        return value
+
+    def _kind(self, value: Any, kind: type[_T], name: str, words: str) -> _T:
+        if type(value) is not kind:
+            raise self.refused(f"{words} for {name!r}", f"{value!r:.80}")
+        return value

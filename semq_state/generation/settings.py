@@ -1,0 +1,49 @@
+"""A resolved `GenerationConfig` as plain values, and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import GenerationConfig
+
+from semq_state.errors import UnsupportedOperationError
+from semq_state.provenance import plain
+
+_NOT_KEPT = ("transformers_version", "_from_model_config", "compile_config")
+# `compile_config` is about speed; it holds objects of torch's own.
+
+
+def dump_config(config: GenerationConfig) -> dict[str, Any]:
+    """The settings that a generation ran with, defaults included.
+
+    Raises:
+        UnsupportedOperationError: the generation searches over beams, which cannot be resumed.
+    """
+    if (config.num_beams or 1) > 1:
+        raise UnsupportedOperationError(
+            "num_beams",
+            expected="1",
+            found=str(config.num_beams),
+            do="a beam search cannot be taken apart in the middle yet; sample or decode greedily",
+        )
+    values = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in _NOT_KEPT and not name.endswith("_tensor")
+    }
+    return {name: plain(value) for name, value in sorted(values.items())}
+
+
+def rebuild_config(values: Mapping[str, Any]) -> GenerationConfig:
+    """The inverse of `dump_config`; a setting that this transformers does not know is reported, not obeyed."""
+    known = GenerationConfig().to_dict().keys()
+    unknown = sorted(name for name, value in values.items() if name not in known and value is not None)
+    if unknown:
+        warnings.warn(
+            f"generation settings that this version of transformers does not know were left out: {unknown}",
+            stacklevel=3,
+        )
+    kept = {name: value for name, value in values.items() if name in known and value is not None}
+    return GenerationConfig(**kept)

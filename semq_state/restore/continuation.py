@@ -1,0 +1,182 @@
+"""One call of `generate` that starts in the middle: the exact next step instead of a prefill.
+
+Three things in `generate` look back at where a generation began, and would take the resume for a new prompt:
+processors that count from the prompt, the flags of rows that have ended, and the prefill. Each is answered from
+the snapshot instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from semq_state.generation import seams
+from semq_state.generation.processors import restore_processors
+from semq_state.generation.rows import AlreadyEnded, EndedRowsPadding
+from semq_state.generation.settings import rebuild_config
+from semq_state.snapshot import Snapshot
+
+
+class Continuation:
+    """The replacements for `generate`'s seams that continue a snapshot.
+
+    Args:
+        snapshot: where to start.
+        model: the `PreTrainedModel`.
+        cache: its cache, rebuilt.
+        append: tokens of the next turn, `(batch, n)`, or None to go on with the recorded generation.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        model: Any,
+        cache: Any,
+        append: torch.Tensor | None,
+    ) -> None:
+        self.reused_tokens = 0
+        self._is_recorded = False
+        self._state = snapshot.generation
+        self._model = model
+        self._cache = cache
+        self._append = append
+        self._device = model.device
+        self._ids = self._state.input_ids.to(self._device)
+        self._finished = self._state.finished.to(self._device)
+        self._inputs = {name: t.to(self._device) for name, t in self._state.step_inputs.items()}
+        # With a cache that came from elsewhere, `generate` never saw the tokens before its input.
+        mask = self._inputs.get("attention_mask")
+        seen = self._ids.shape[1]
+        at_least = self._state.n_cached + (1 if self._state.n_cached >= seen else 0)
+        self._n_tokens = int(mask.shape[1]) if mask is not None else max(seen, at_least)
+        if self._state.n_cached == seen:
+            self._n_tokens = seen
+        if append is not None:
+            self._ids = torch.cat([self._ids, append], dim=-1)
+            self._n_tokens += append.shape[1]
+            self._finished = torch.zeros_like(self._finished)
+        self._originals = {
+            name: getattr(model, name) for name in (seams.LOGITS_PROCESSORS, seams.STOPPING_CRITERIA, seams.PREFILL)
+        }
+
+    def arguments(self, kwargs: Mapping[str, Any], tokenizer: Any) -> dict[str, Any] | None:
+        """The arguments for `model.generate`; None where the recorded generation had come to its end."""
+        given = dict(kwargs)
+        config = copy.deepcopy(given.pop("generation_config", None))
+        self._is_recorded = config is None and bool(self._state.config)
+        if self._is_recorded:
+            config = self._recorded_config()
+        if config is None:
+            return {**given, **self._tensors()}
+        # A cache is passed in; naming a kind of cache as well would be refused.
+        config.cache_implementation = None
+        given = config.update(**given)
+        length = self._ids.shape[1]
+        if config.max_new_tokens is not None:
+            config.max_length, config.max_new_tokens = length + config.max_new_tokens, None
+        if config.min_new_tokens is not None:
+            config.min_length, config.min_new_tokens = length + config.min_new_tokens, None
+        at_end = bool(self._finished.all()) or (config.max_length or 0) <= length
+        if self._is_recorded and self._append is None and at_end:
+            return None
+        if config.stop_strings is not None and tokenizer is not None:
+            given.setdefault("tokenizer", tokenizer)
+        return {**given, "generation_config": config, **self._tensors()}
+
+    def _recorded_config(self) -> GenerationConfig:
+        config = rebuild_config(self._state.config)
+        # These were resolved to absolute lengths when the recorded run began.
+        config.max_new_tokens = config.min_new_tokens = None
+        if self._append is not None:
+            budget = (config.max_length or 0) - self._state.prompt_length
+            config.max_length, config.min_length = self._ids.shape[1] + budget, None
+        return config
+
+    def nothing_left(self, kwargs: Mapping[str, Any]) -> Any:
+        """What the uninterrupted run returned: it had ended here."""
+        warnings.warn(
+            "the recorded generation had come to its end, nothing was generated: pass max_new_tokens= to go "
+            "beyond its length, or append= for the next turn",
+            stacklevel=4,
+        )
+        if kwargs.get("return_dict_in_generate", self._state.config.get("return_dict_in_generate")):
+            return GenerateDecoderOnlyOutput(sequences=self._ids, past_key_values=self._cache)
+        return self._ids
+
+    def replacements(self) -> dict[str, Any]:
+        """What to put in front of the model's own methods."""
+        new_turn = self._append is not None
+        found: dict[str, Any] = {seams.PREFILL: self._prefill}
+        if self._is_recorded:
+            # The recorded settings are resolved; the model's defaults of today must not fill their gaps.
+            found["generation_config"] = GenerationConfig()
+        if not new_turn:
+            found[seams.LOGITS_PROCESSORS] = self._logits_processors
+            found[seams.STOPPING_CRITERIA] = self._stopping_criteria
+        return found
+
+    def _tensors(self) -> dict[str, Any]:
+        mask = self._inputs.get("attention_mask")
+        if mask is None:
+            mask = self._ids.new_ones((self._ids.shape[0], self._n_tokens))
+        elif self._append is not None:
+            mask = torch.cat([mask, mask.new_ones(self._append.shape)], dim=-1)
+        tensors = {"input_ids": self._ids, "attention_mask": mask}
+        return tensors if self._cache is None else {**tensors, "past_key_values": self._cache}
+
+    def _logits_processors(self, **kwargs: Any) -> Any:
+        # Processors count from the prompt, and must go on doing so.
+        n_prompt = self._state.prompt_length
+        kwargs["input_ids_seq_length"] = n_prompt
+        kwargs["encoder_input_ids"] = self._ids[:, :n_prompt]
+        processors = self._originals[seams.LOGITS_PROCESSORS](**kwargs)
+        restore_processors(self._state.processors, "logits", processors, self._ids.shape[0])
+        if bool(self._finished.any()):
+            processors.append(EndedRowsPadding(self._finished, kwargs["generation_config"]))
+        return processors
+
+    def _stopping_criteria(self, **kwargs: Any) -> Any:
+        criteria = self._originals[seams.STOPPING_CRITERIA](**kwargs)
+        restore_processors(self._state.processors, "stopping", criteria, self._ids.shape[0])
+        criteria.append(AlreadyEnded(self._finished))
+        return criteria
+
+    def _prefill(
+        self,
+        input_ids: torch.Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """The next step of the interrupted loop, called exactly as that loop would have called it."""
+        n_cached = self._state.n_cached if self._cache is not None else 0
+        n_fed = self._n_tokens - n_cached
+        self.reused_tokens = n_cached
+        new_turn = self._append is not None
+        if not new_turn:
+            model_kwargs.update(self._inputs)
+            model_kwargs.update({k: v for k, v in self._state.step_values.items() if k not in model_kwargs})
+            if self._state.config and "attention_mask" not in self._inputs:
+                model_kwargs["attention_mask"] = None
+        if n_fed == 0 and self._state.logits is not None:
+            logits = self._state.logits.to(self._device)[:, None]
+            return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
+        if n_fed == 0:
+            self._cache.crop(-1)
+            n_fed, self.reused_tokens = 1, n_cached - 1
+        if new_turn and self._ids.shape[1] == self._n_tokens:
+            return self._originals[seams.PREFILL](
+                input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration
+            )
+        with self._model._optimize_model_for_decode():
+            inputs = self._model.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=n_fed, is_first_iteration=new_turn, **model_kwargs
+            )
+            return self._model(**inputs, return_dict=True)

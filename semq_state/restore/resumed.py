@@ -1,0 +1,202 @@
+"""`sq.restore` and what it gives: a state that `generate` goes on from, as often as you like."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from semq_state.caches import rebuild_cache
+from semq_state.errors import Difference, UnsupportedOperationError
+from semq_state.generation.random import restore_rng, seed_rng
+from semq_state.generation.seams import base_model, replaced
+from semq_state.restore.checks import check_model, check_state
+from semq_state.restore.continuation import Continuation
+from semq_state.restore.devices import device_of
+from semq_state.snapshot import Snapshot
+
+_OURS = (
+    "inputs",
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+)
+
+
+class Resumed:
+    """A snapshot and the model that goes on with it.
+
+    Each `generate` starts from the snapshot, so several are branches of it. To go on from where one ended, take
+    a snapshot of it: `with sq.capture(model) as run: resumed.generate()`.
+
+    Attributes:
+        snapshot: where every branch starts.
+        accepted: the differences from the recorded model that `allow` accepted.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        model: Any,
+        *,
+        tokenizer: Any = None,
+        accepted: tuple[Difference, ...] = (),
+        seed: int | None = None,
+    ) -> None:
+        self.snapshot = snapshot
+        self.accepted = accepted
+        self._model = model
+        self._inner = base_model(model)
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._reused: int | None = None
+
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens of each row that are not computed again: as measured in the last `generate`, before the first
+        one as the snapshot promises."""
+        return self.snapshot.generation.n_cached if self._reused is None else self._reused
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Arguments for a `model.generate` by hand: `input_ids`, `attention_mask`, `past_key_values`.
+
+        Each access builds a new cache that shares the snapshot's memory. The random state is not part of it.
+        """
+        state = self.snapshot.generation
+        ids = state.input_ids.to(self._inner.device)
+        mask = state.step_inputs.get("attention_mask")
+        if mask is None:
+            n_tokens = max(ids.shape[1], state.n_cached + (1 if state.n_cached >= ids.shape[1] else 0))
+            mask = ids.new_ones((ids.shape[0], n_tokens))
+        return {
+            "input_ids": ids,
+            "attention_mask": mask.to(self._inner.device),
+            "past_key_values": self._cache(),
+        }
+
+    def generate(
+        self,
+        *,
+        append: torch.Tensor | Sequence[int] | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Goes on generating, as if never interrupted.
+
+        Args:
+            append: the next turn's tokens, `(batch, n)` or for one row a list; a new generation follows them.
+            seed: starts a new random stream: a branch. Without it the recorded stream goes on.
+            **kwargs: `model.generate`'s own arguments, on top of the recorded ones. `max_new_tokens` counts
+                from here; without it and `max_length` the recorded run's end stays where it was.
+
+        Returns:
+            What `model.generate` returns: whole sequences, prompt included.
+
+        Raises:
+            UnsupportedOperationError: the arguments contradict a resume.
+
+        Example:
+            >>> tokens = resumed.generate(max_new_tokens=100)  # doctest: +SKIP
+        """
+        ours = sorted(set(kwargs) & set(_OURS))
+        if ours:
+            raise UnsupportedOperationError(
+                f"resumed.generate({', '.join(ours)})",
+                expected="no inputs, they come from the snapshot",
+                do="pass append= for more tokens, or call model.generate(**resumed.inputs) by hand",
+            )
+        continuation = Continuation(self.snapshot, self._inner, self._cache(), self._appended(append))
+        self._warn_if_recomputed()
+        call = continuation.arguments(kwargs, self._tokenizer)
+        if call is None:
+            return continuation.nothing_left(kwargs)
+        seed = self._seed if seed is None else seed
+        if seed is None:
+            restore_rng(self.snapshot.generation.rng)
+        else:
+            seed_rng(seed)
+        with replaced(self._inner, continuation.replacements()):
+            result = self._model.generate(**call)
+        self._reused = continuation.reused_tokens
+        return result
+
+    def fork(self, n: int, *, seeds: Sequence[int] | None = None) -> tuple[Resumed, ...]:
+        """`n` branches of this state. They share its memory; each takes its own as it goes on.
+
+        Args:
+            n: how many.
+            seeds: a random stream for each; without them all continue the recorded one until `generate(seed=…)`.
+
+        Example:
+            >>> left, right = resumed.fork(2, seeds=(1, 2))  # doctest: +SKIP
+        """
+        if n < 1 or (seeds is not None and len(seeds) != n):
+            raise ValueError(f"need n >= 1 and as many seeds as branches, got n={n}, seeds={seeds!r}")
+        return tuple(
+            Resumed(
+                self.snapshot,
+                self._model,
+                tokenizer=self._tokenizer,
+                accepted=self.accepted,
+                seed=self._seed if seeds is None else seeds[i],
+            )
+            for i in range(n)
+        )
+
+    def _cache(self) -> Any:
+        return rebuild_cache(self.snapshot.cache, partial(device_of, self._inner))
+
+    def _appended(self, append: torch.Tensor | Sequence[int] | None) -> torch.Tensor | None:
+        if append is None:
+            return None
+        ids = torch.as_tensor(append, dtype=torch.int64)
+        ids = ids[None] if ids.ndim == 1 else ids
+        if ids.ndim != 2 or ids.shape[0] != self.snapshot.batch_size or not ids.numel():
+            raise UnsupportedOperationError(
+                "append",
+                expected=f"tokens of shape ({self.snapshot.batch_size}, n)",
+                found=str(tuple(ids.shape)),
+                do="give every row the same number of tokens",
+            )
+        return ids.to(self._inner.device)
+
+    def _warn_if_recomputed(self) -> None:
+        if not self.snapshot.generation.n_cached:
+            warnings.warn(
+                f"this snapshot holds no cache: all {self.snapshot.n_tokens} tokens will be computed again",
+                stacklevel=3,
+            )
+
+
+def restore(snapshot: Snapshot, model: Any, *, tokenizer: Any = None, allow: Collection[str] = ()) -> Resumed:
+    """Makes a model ready to go on from a snapshot. The model itself is not touched.
+
+    Args:
+        snapshot: from `load`, or straight from a capture.
+        model: the model that made it, in this process.
+        tokenizer: compared with the recorded one; also used for `stop_strings`.
+        allow: differences to accept by name, of `weights`, `config`, `rope`, `tokenizer`, `adapters`,
+            `quantization`, `dtype`. What follows is then not what the recorded model would have said.
+
+    Returns:
+        The resumed state.
+
+    Raises:
+        ModelMismatchError: it is another model; every difference is listed.
+        IncompleteStateError: the snapshot lacks something, or contradicts itself.
+        UnsupportedModelError: a layer is of an unknown kind.
+
+    Example:
+        >>> resumed = sq.restore(sq.load("chat.safetensors"), model)  # doctest: +SKIP
+        >>> tokens = resumed.generate(max_new_tokens=100)  # doctest: +SKIP
+    """
+    inner = base_model(model)
+    accepted = check_model(snapshot, inner, tokenizer=tokenizer, allow=allow, wrapper=model)
+    check_state(snapshot, inner)
+    return Resumed(snapshot, model, tokenizer=tokenizer, accepted=accepted)

@@ -1,0 +1,234 @@
+"""A Transformer's state between two tokens, as frozen values that know neither models nor files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from semq_state import content
+from semq_state.errors import IncompleteStateError
+from semq_state.provenance import Provenance
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerState:
+    """What one cache layer holds.
+
+    Args:
+        family: id of the cache family that can rebuild it, `dynamic` say.
+        tensors: name to tensor; keys and values are `(batch, kv_heads, seq, head_dim)`.
+        meta: the scalars beside them (window, counters).
+    """
+
+    family: str
+    tensors: Tensors
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class CacheState:
+    """A whole cache: its kind, scalars and layers, first layer first."""
+
+    kind: str
+    layers: tuple[LayerState, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_bytes(self) -> int:
+        """Raw size of all cache tensors, the figure that file sizes are compared with."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors.values())
+
+
+@dataclass(frozen=True, eq=False)
+class ProcessorState:
+    """What a stateful logits processor or stopping criterion remembers.
+
+    Args:
+        role: `logits` or `stopping`.
+        name: class name, compared on restore and never used to look anything up.
+        tensors: the tensors of its `state_dict()`.
+        meta: the other values of its `state_dict()`.
+    """
+
+    role: str
+    name: str
+    tensors: Tensors = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationState:
+    """Everything but the cache that the next step of a generation needs.
+
+    Args:
+        input_ids: tokens so far, prompt included, `(batch, seq)`.
+        prompt_length: how many of them were the prompt; processors count from there.
+        n_cached: how many tokens of each row the cache holds.
+        finished: rows that have ended, `(batch,)` bool.
+        logits: raw logits of the last step, `(batch, vocab)`, or None.
+        step_inputs: the other tensors that the forward pass takes (attention mask, positions …).
+        step_values: its other arguments (`use_cache` …).
+        rng: device name to torch's random state, `cpu` and `cuda:0` say.
+        config: the resolved generation configuration; empty for a hand-written loop.
+        processors: state of stateful logits processors and stopping criteria.
+    """
+
+    input_ids: torch.Tensor
+    prompt_length: int
+    n_cached: int
+    finished: torch.Tensor
+    logits: torch.Tensor | None = None
+    step_inputs: Tensors = field(default_factory=dict)
+    step_values: Mapping[str, Any] = field(default_factory=dict)
+    rng: Tensors = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    processors: tuple[ProcessorState, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The state of a model after its last finished token, with its origin.
+
+    Args:
+        cache: the cache's tensors and scalars.
+        generation: tokens, masks, random state and settings.
+        provenance: the model that made it.
+        known_digests: tensor name to the digests of its chunks, where a file has told and proved them.
+    """
+
+    cache: CacheState
+    generation: GenerationState
+    provenance: Provenance
+    known_digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def state_id(self) -> str:
+        """`sha256:…` of everything that this state is; the same wherever and however it is saved."""
+        tensors = self.tensors()
+        digests = self.known_digests or content.all_digests(tensors)
+        whole = content.content_digest(self.structure(), dict(content.specs_of(tensors)), digests)
+        return content.state_id(whole, self.provenance.identity())
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens so far in each row, prompt included."""
+        return int(self.generation.input_ids.shape[-1])
+
+    @property
+    def n_new_tokens(self) -> int:
+        """Tokens generated since the prompt, in each row."""
+        return self.n_tokens - self.generation.prompt_length
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.generation.input_ids.shape[0])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the state under its name in a file, in the order of the model's layers."""
+        state = self.generation
+        named: dict[str, torch.Tensor] = {}
+        for i, layer in enumerate(self.cache.layers):
+            named |= {f"layers.{i}.{name}": t for name, t in layer.tensors.items()}
+        named["generation.input_ids"] = state.input_ids
+        named["generation.finished"] = state.finished
+        if state.logits is not None:
+            named["generation.logits"] = state.logits
+        named |= {f"generation.inputs.{name}": t for name, t in state.step_inputs.items()}
+        named |= {f"generation.rng.{name}": t for name, t in state.rng.items()}
+        for i, processor in enumerate(state.processors):
+            named |= {f"generation.processors.{i}.{k}": t for k, t in processor.tensors.items()}
+        return named
+
+    def structure(self) -> dict[str, Any]:
+        """Everything of the state that is not a tensor; with `tensors()` it is the whole state."""
+        state = self.generation
+        return {
+            "cache": {
+                "kind": self.cache.kind,
+                "meta": dict(self.cache.meta),
+                "layers": [
+                    {"family": x.family, "meta": dict(x.meta), "tensors": sorted(x.tensors)}
+                    for x in self.cache.layers
+                ],
+            },
+            "generation": {
+                "prompt_length": state.prompt_length,
+                "n_cached": state.n_cached,
+                "has_logits": state.logits is not None,
+                "inputs": sorted(state.step_inputs),
+                "values": dict(state.step_values),
+                "rng": sorted(state.rng),
+                "config": dict(state.config),
+                "processors": [
+                    {
+                        "role": p.role,
+                        "name": p.name,
+                        "meta": dict(p.meta),
+                        "tensors": sorted(p.tensors),
+                    }
+                    for p in state.processors
+                ],
+            },
+        }
+
+
+def assemble(
+    structure: Mapping[str, Any],
+    tensors: Tensors,
+    provenance: Provenance,
+    digests: Mapping[str, tuple[str, ...]],
+) -> Snapshot:
+    """The inverse of `Snapshot.structure` and `Snapshot.tensors`.
+
+    Raises:
+        IncompleteStateError: a tensor that the structure names is missing, or one too many is there.
+        KeyError, TypeError: the structure itself is malformed.
+    """
+    left = dict(tensors)
+
+    def take(prefix: str, names: list[str]) -> dict[str, torch.Tensor]:
+        return {name: one(f"{prefix}.{name}") for name in names}
+
+    def one(name: str) -> torch.Tensor:
+        if name not in left:
+            raise IncompleteStateError(
+                name,
+                expected="a tensor of this name",
+                found="none",
+                do="the state cannot go on without it; take the snapshot again",
+            )
+        return left.pop(name)
+
+    cache, state = structure["cache"], structure["generation"]
+    layers = tuple(
+        LayerState(x["family"], take(f"layers.{i}", x["tensors"]), x["meta"]) for i, x in enumerate(cache["layers"])
+    )
+    generation = GenerationState(
+        input_ids=one("generation.input_ids"),
+        prompt_length=state["prompt_length"],
+        n_cached=state["n_cached"],
+        finished=one("generation.finished"),
+        logits=one("generation.logits") if state["has_logits"] else None,
+        step_inputs=take("generation.inputs", state["inputs"]),
+        step_values=state["values"],
+        rng=take("generation.rng", state["rng"]),
+        config=state["config"],
+        processors=tuple(
+            ProcessorState(p["role"], p["name"], take(f"generation.processors.{i}", p["tensors"]), p["meta"])
+            for i, p in enumerate(state["processors"])
+        ),
+    )
+    if left:
+        raise IncompleteStateError(
+            ", ".join(sorted(left)),
+            expected="only tensors that the structure names",
+            found="these besides",
+            do="the file was put together wrongly; take the snapshot again",
+        )
+    return Snapshot(CacheState(cache["kind"], layers, cache["meta"]), generation, provenance, digests)

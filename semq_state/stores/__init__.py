@@ -1,0 +1,7 @@
+"""Stores: names to byte ranges. They know no format."""
+
+from __future__ import annotations
+
+from semq_state.stores.local import LocalFile as LocalFile
+from semq_state.stores.local import atomic_write as atomic_write
+from semq_state.stores.local import check_writable as check_writable

@@ -1,0 +1,176 @@
+"""Files on this machine: read by range, and written so that a failed write is never seen."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from semq_state.errors import StoreError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class LocalFile:
+    """A file open for reading by range, from any thread."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self._file = self.path.open("rb", buffering=0)
+            if not self.path.is_file():
+                raise IsADirectoryError(errno.EISDIR, "not a file")
+            self.size = os.fstat(self._file.fileno()).st_size
+        except OSError as error:
+            raise StoreError(
+                str(path),
+                expected="a readable file",
+                found=error.strerror or str(error),
+                do="check the path",
+            ) from error
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, n_bytes: int) -> bytes:
+        """`n_bytes` from `offset`.
+
+        Raises:
+            StoreError: the file ends before, or the disk fails.
+        """
+        try:
+            if hasattr(os, "pread"):
+                data = os.pread(self._file.fileno(), n_bytes, offset)
+            else:
+                with self._lock:
+                    self._file.seek(offset)
+                    data = self._file.read(n_bytes)
+        except OSError as error:
+            raise StoreError(str(self.path), found=str(error), do="check the disk") from error
+        if len(data) < n_bytes and data:  # one system call reads at most 2 GiB
+            data += self.read(offset + len(data), n_bytes - len(data))
+        if len(data) != n_bytes:
+            raise StoreError(
+                str(self.path),
+                expected=f"{n_bytes} bytes at {offset}",
+                found=f"{len(data)}",
+                do="the file became shorter while it was read; use another copy",
+            )
+        return data
+
+    def __enter__(self) -> LocalFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def atomic_write(
+    path: str | os.PathLike[str], *, check: Callable[[Path], None] | None = None
+) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends well, and leaves no trace when it does not.
+
+    Args:
+        path: where the bytes shall be.
+        check: called with the finished, still hidden file; what it raises stops the write.
+
+    Raises:
+        StoreError: the folder is missing or read-only, or the disk is full.
+    """
+    path = Path(path)
+    hidden: Path | None = None
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        _remove_leftovers(path)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        hidden = Path(name)
+        with os.fdopen(handle, "w+b", buffering=1 << 20) as file:
+            if fcntl:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if check:
+                check(hidden)
+            hidden.chmod(0o666 & ~_umask())
+            hidden.replace(path)
+        hidden = None
+        _sync_folder(path.parent)
+    except StoreError:
+        raise
+    except OSError as error:
+        raise _refused(path, error) from error
+    finally:
+        if hidden is not None:
+            with contextlib.suppress(OSError):
+                hidden.unlink()
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuses a path that `atomic_write` could not write to, before any work is spent.
+
+    Raises:
+        StoreError: the folder is missing or read-only.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> StoreError:
+    return StoreError(
+        str(path),
+        expected="a folder that can be written to, with room for the file",
+        found=error.strerror or str(error),
+        do="nothing was changed there; free some space or choose another path",
+    )
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Unlinks what killed writers left: their lock went with them."""
+    if not fcntl:
+        return
+    for left in path.parent.glob(f".{_escaped(path.name)}.*.partial"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):  # some network folders cannot be synced
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
