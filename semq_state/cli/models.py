@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +62,7 @@ def demo_model_folder() -> Path:
         _dequantize(gguf, Path(made) / "model")
         # Another process may have been faster; its copy is the same.
         with contextlib.suppress(OSError):
-            shutil.move(Path(made) / "model", folder)
+            (Path(made) / "model").rename(folder)
     return folder
 
 
