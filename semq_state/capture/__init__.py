@@ -1,4 +1,8 @@
-"""Capture: a live model's state to a `Snapshot`."""
+"""Capture: a live model's state to a `Snapshot`.
+
+Whatever needs transformers is imported when it is first called: files can be read, checked and inspected
+without it, and its import takes seconds.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from semq_state.caches import check_cache, dump_cache, mark_cache, n_cached
 from semq_state.errors import IncompleteStateError
 from semq_state.fingerprint import fingerprint
 from semq_state.generation.random import dump_rng
@@ -53,6 +52,8 @@ def snapshot_of(
         >>> input_ids = torch.cat([input_ids, out.logits[:, -1:].argmax(-1)], dim=-1)  # doctest: +SKIP
         >>> snapshot = sq.snapshot_of(model, cache, input_ids)  # doctest: +SKIP
     """
+    from semq_state.caches import check_cache, dump_cache, mark_cache, n_cached
+
     inner = base_model(model)
     if input_ids.ndim != 2:
         raise IncompleteStateError("input_ids", expected="(batch, seq)", found=str(tuple(input_ids.shape)))

@@ -9,16 +9,18 @@ import os
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from semq_state import files, stores
-from semq_state.capture.recorder import Recorder
 from semq_state.codecs import AbstractCodec, preset
 from semq_state.errors import IncompleteStateError, SemqStateError
 from semq_state.fingerprint import WeightsMark, fingerprint, mark_weights
 from semq_state.generation.seams import base_model, replaced
 from semq_state.provenance import Provenance
 from semq_state.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from semq_state.capture.recorder import Recorder
 
 
 class Capture:
@@ -56,6 +58,8 @@ class Capture:
             raise RuntimeError("this capture was entered before; make a new one with sq.capture(model)")
         if self._autosave is not None:
             stores.check_writable(self._autosave)
+        from semq_state.capture.recorder import Recorder
+
         self._mark = mark_weights(self._model)
         self._recorder = Recorder(self._model, self._on_step)
         self._stack.enter_context(replaced(self._model, self._recorder.replacements()))

@@ -80,9 +80,7 @@ def _packaged_gguf() -> Path:
     for folder in folders:
         for found in Path(folder).glob("*.gguf"):
             return found
-    raise StoreError(
-        f"model {DEMO_MODEL!r}", expected=f"the package {_PACKAGE}", found="none", do=_PIP_LINE
-    )
+    raise StoreError(f"model {DEMO_MODEL!r}", expected=f"the package {_PACKAGE}", found="none", do=_PIP_LINE)
 
 
 def _dequantize(gguf: Path, folder: Path) -> None:

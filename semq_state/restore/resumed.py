@@ -9,12 +9,9 @@ from typing import Any
 
 import torch
 
-from semq_state.caches import rebuild_cache
 from semq_state.errors import Difference, UnsupportedOperationError
 from semq_state.generation.random import restore_rng, seed_rng
 from semq_state.generation.seams import base_model, replaced
-from semq_state.restore.checks import check_model, check_state
-from semq_state.restore.continuation import Continuation
 from semq_state.restore.devices import device_of
 from semq_state.snapshot import Snapshot
 
@@ -111,6 +108,8 @@ class Resumed:
                 expected="no inputs, they come from the snapshot",
                 do="pass append= for more tokens, or call model.generate(**resumed.inputs) by hand",
             )
+        from semq_state.restore.continuation import Continuation
+
         continuation = Continuation(self.snapshot, self._inner, self._cache(), self._appended(append))
         self._warn_if_recomputed()
         call = continuation.arguments(kwargs, self._tokenizer)
@@ -150,6 +149,8 @@ class Resumed:
         )
 
     def _cache(self) -> Any:
+        from semq_state.caches import rebuild_cache
+
         return rebuild_cache(self.snapshot.cache, partial(device_of, self._inner))
 
     def _appended(self, append: torch.Tensor | Sequence[int] | None) -> torch.Tensor | None:
@@ -196,6 +197,8 @@ def restore(snapshot: Snapshot, model: Any, *, tokenizer: Any = None, allow: Col
         >>> resumed = sq.restore(sq.load("chat.safetensors"), model)  # doctest: +SKIP
         >>> tokens = resumed.generate(max_new_tokens=100)  # doctest: +SKIP
     """
+    from semq_state.restore.checks import check_model, check_state
+
     inner = base_model(model)
     accepted = check_model(snapshot, inner, tokenizer=tokenizer, allow=allow, wrapper=model)
     check_state(snapshot, inner)
