@@ -32,11 +32,24 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[
     Raises:
         StoreError: there is no such model, or the demo model's package is missing.
     """
+    model = _loaded(AutoModelForCausalLM, name, dtype=dtype)
+    return model.to(device).eval(), load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer alone.
+
+    Raises:
+        StoreError: as `load_model`.
+    """
+    return _loaded(AutoTokenizer, name)
+
+
+def _loaded(kind: Any, name: str, **options: Any) -> Any:
     path = str(demo_model_folder()) if name == DEMO_MODEL else name
     with _quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            return kind.from_pretrained(path, **options)
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"model {name!r}",
@@ -44,7 +57,6 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[
                 found=str(error).splitlines()[0],
                 do="check the name",
             ) from error
-    return model.to(device).eval(), tokenizer
 
 
 def demo_model_folder() -> Path:

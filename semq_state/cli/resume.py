@@ -1,0 +1,52 @@
+"""`semq-state resume`: go on from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import semq_state as sq
+from semq_state.cli import generating
+from semq_state.cli.generating import Codec, Device, Dtype, Every, Json, Seed
+from semq_state.cli.progress import bytes_bar
+
+
+def resume(
+    file: Annotated[Path, typer.Argument(help="A snapshot.")],
+    model: Annotated[str, typer.Option(help="smollm2, a folder, or a hub id.")] = "smollm2",
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="How many more tokens; without it up to the recorded end.")
+    ] = None,
+    append: Annotated[str, typer.Option(help="Text of the next turn.")] = "",
+    seed: Seed = None,
+    save: Annotated[Path | None, typer.Option(help="Where to keep the newest state from here on.")] = None,
+    every: Every = 64,
+    codec: Codec = "exact",
+    allow: Annotated[list[str] | None, typer.Option(help="Accept a difference by name, `weights` say.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Goes on generating from a snapshot, as if never interrupted. Refuses another model than the one that
+    made it."""
+    from semq_state.cli.models import load_model
+
+    with bytes_bar(f"loading {file.name}") as progress:
+        snapshot = sq.load(file, progress=progress)
+    live, tokenizer = load_model(model, dtype=dtype, device=device)
+    resumed = sq.restore(snapshot, live, tokenizer=tokenizer, allow=tuple(allow or ()))
+    options: dict[str, Any] = {} if tokens is None else {"max_new_tokens": tokens}
+    if append:
+        options["append"] = tokenizer(append, add_special_tokens=False)["input_ids"]
+    planned = tokens or max(0, int(snapshot.generation.config.get("max_length") or 0) - snapshot.n_tokens)
+    try:
+        with (
+            generating.streamer(tokenizer, planned, as_json=as_json, with_prompt=True) as shown,
+            sq.capture(live, tokenizer=tokenizer, autosave=save, every=every, codec=codec),
+        ):
+            out = resumed.generate(seed=seed, streamer=shown, **options)
+    except KeyboardInterrupt:
+        raise generating.interrupted(save) from None
+    generating.report(out, tokenizer, snapshot.n_tokens, save, as_json=as_json, reused_tokens=resumed.reused_tokens)
