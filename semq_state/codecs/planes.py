@@ -8,6 +8,7 @@ caches that is smaller *and* faster in both directions than any of its stock lev
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -65,8 +66,13 @@ class Planes(AbstractCodec):
     def decode(self, payload: Bytes, params: Mapping[str, Any], spec: TensorSpec, out: Bytes) -> None:
         layout, table = params.get("layout"), params.get("planes")
         n_values = len(out) // spec.itemsize
-        if layout not in LAYOUTS or not isinstance(table, list) or len(table) != spec.itemsize:
-            raise _damaged(f"a layout of {LAYOUTS} and {spec.itemsize} planes", f"{layout!r}, {table!r}")
+        if (
+            params.keys() != {"layout", "planes"}
+            or layout not in LAYOUTS
+            or not isinstance(table, list)
+            or len(table) != spec.itemsize
+        ):
+            raise _damaged(f"a layout of {LAYOUTS} and {spec.itemsize} planes", reprlib.repr(dict(params)))
         planes, at = [], 0
         for entry in table:
             if not (
@@ -75,14 +81,14 @@ class Planes(AbstractCodec):
                 and type(entry[1]) is int
                 and 0 <= entry[1] <= len(payload) - at
             ):
-                raise _damaged("a plane that lies within the payload", repr(entry))
+                raise _damaged("a plane that lies within the payload", reprlib.repr(entry))
             coding, n_bytes = entry
             piece = payload[at : at + n_bytes]
             at += n_bytes
             if coding == "zstd":
                 piece = _turned_back(_inflated(piece, n_values), spec, layout)
             elif coding != "raw":
-                raise _damaged("a plane coded `raw` or `zstd`", repr(coding))
+                raise _damaged("a plane coded `raw` or `zstd`", reprlib.repr(coding))
             if len(piece) != n_values:
                 raise _damaged(f"{n_values} bytes in a plane", str(len(piece)))
             planes.append(piece)
@@ -143,7 +149,7 @@ def _turned(plane: Bytes, spec: TensorSpec, layout: str) -> Bytes:
 
 def _turned_back(plane: Bytes, spec: TensorSpec, layout: str) -> Bytes:
     """The inverse of `_turned`."""
-    if layout == "token" or len(spec.shape) < 2:
+    if layout == "token" or len(spec.shape) < 2 or not len(plane):
         return plane
     tokens, channels = spec.shape[-2:]
     return np.ascontiguousarray(plane.reshape(-1, channels, tokens).transpose(0, 2, 1)).reshape(-1)
@@ -175,6 +181,6 @@ def _damaged(expected: str, found: str) -> IntegrityError:
     return IntegrityError(
         "planes codec",
         expected=expected,
-        found=found,
+        found=f"{found:.200}",
         do="the file is damaged; use another copy of it",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -26,7 +27,7 @@ class Raw(AbstractCodec):
             raise IntegrityError(
                 "raw codec",
                 expected=f"{len(out)} bytes and no parameters",
-                found=f"{len(payload)} bytes and {dict(params)}",
+                found=f"{len(payload)} bytes and {reprlib.repr(dict(params)):.200}",
                 do="the file is damaged; use another copy of it",
             )
         out[:] = payload
