@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import semq_state as sq
 from semq_state.cli.generating import Json
@@ -25,34 +23,26 @@ def inspect(
     if as_json:
         print(json.dumps(info.as_dict(), indent=2))
         return
-    console = Console(highlight=False)
-    console.print(_summary(info))
+    # Plain lines, whatever the width of the terminal: a digest must never be cut.
+    for name, value in _summary(info).items():
+        print(f"{name:<10} {value}")
     if tensors:
-        console.print(_tensors(info))
+        for name, entry in info.manifest.tensors.items():
+            print(f"  {name:<36} {entry.spec.dtype:<8} {list(entry.spec.shape)}")
 
 
-def _summary(info: SnapshotInfo) -> Table:
+def _summary(info: SnapshotInfo) -> dict[str, str]:
     said = info.as_dict()
     made_by = said["provenance"]
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in (
-        ("file", f"{info.path}, format {said['format_version']}, {said['writer']}"),
-        ("state_id", info.state_id),
-        ("tokens", f"{info.n_tokens} ({said['prompt_length']} of them the prompt), batch of {said['batch_size']}"),
-        ("cache", f"{said['n_layers']} layers ({', '.join(said['families'])}), {said['n_cached']} tokens cached"),
-        ("size", f"{info.n_bytes:,} bytes as {info.codec}, {said['ratio']:.3f} times smaller than raw"),
-        ("model", f"{made_by['model_name']}, {made_by['dtype']}, {made_by['attention']} attention"),
-        ("weights", made_by["weights"]),
-        ("tokenizer", made_by["tokenizer"] or "not recorded"),
-        ("taken", f"{made_by['created']} on {made_by['device']} with {made_by['threads']} threads"),
-        ("versions", ", ".join(f"{k} {v}" for k, v in sorted(made_by["versions"].items()))),
-    ):
-        table.add_row(name, str(value))
-    return table
-
-
-def _tensors(info: SnapshotInfo) -> Table:
-    table = Table("tensor", "dtype", "shape", box=None, pad_edge=False)
-    for name, entry in info.manifest.tensors.items():
-        table.add_row(name, entry.spec.dtype, str(list(entry.spec.shape)))
-    return table
+    return {
+        "file": f"{info.path}, format {said['format_version']}, {said['writer']}",
+        "state_id": info.state_id,
+        "tokens": f"{info.n_tokens} ({said['prompt_length']} of them the prompt), batch of {said['batch_size']}",
+        "cache": f"{said['n_layers']} layers ({', '.join(said['families'])}), {said['n_cached']} tokens cached",
+        "size": f"{info.n_bytes:,} bytes as {info.codec}, {said['ratio']:.3f} times smaller than raw",
+        "model": f"{made_by['model_name']}, {made_by['dtype']}, {made_by['attention']} attention",
+        "weights": made_by["weights"],
+        "tokenizer": made_by["tokenizer"] or "not recorded",
+        "taken": f"{made_by['created']} on {made_by['device']} with {made_by['threads']} threads",
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(made_by["versions"].items())),
+    }

@@ -1,0 +1,52 @@
+"""Golden files of every released format version are read forever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import semq_state as sq
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("v*.safetensors"))
+STATE_IDS = {"v1": "sha256:8e974fba87f81f07f6ba89d93546d90b66681a19afbd7c99cddcb78980b3d58a"}
+
+
+def test_there_is_a_file_of_every_version_and_codec() -> None:
+    names = {path.stem for path in GOLDEN}
+    assert names == {f"{v}-{codec}" for v in STATE_IDS for codec in ("exact", "exact-max", "raw")}
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden_file_is_read(path: Path) -> None:
+    snapshot = sq.load(path)
+    assert snapshot.state_id == STATE_IDS[path.stem.partition("-")[0]]
+    assert sq.verify(path).passed
+    assert [layer.family for layer in snapshot.cache.layers] == ["dynamic", "sliding", "dummy"]
+    full, sliding, _ = snapshot.cache.layers
+    assert full.tensors["keys"].dtype == torch.bfloat16
+    assert full.tensors["values"][0, 0, 0, :4].view(torch.int32).tolist() == [
+        0x7FC00000,
+        0x7F800000,
+        -0x80000000,
+        714,
+    ]
+    assert sliding.tensors["values"].dtype == torch.float8_e4m3fn
+    assert sliding.meta == {"window": 4, "n_seen": 6, "filled": True}
+    state = snapshot.generation
+    assert state.input_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12, 13]]
+    assert state.finished.tolist() == [False, True]
+    assert state.config == {"do_sample": True, "temperature": 0.7, "max_length": 20, "eos_token_id": [2, 3]}
+    assert state.rng["cpu"].tolist() == list(range(200))
+    (counting,) = state.processors
+    assert (counting.role, counting.name, counting.meta) == ("logits", "Counting", {"n": 3})
+    assert snapshot.provenance.dtype == "bfloat16"
+
+
+def test_all_golden_files_of_a_version_hold_the_same_bits() -> None:
+    for version in STATE_IDS:
+        first, *others = (sq.load(path).tensors() for path in GOLDEN if path.stem.startswith(version))
+        for other in others:
+            for name, tensor in first.items():
+                assert tensor.contiguous().view(torch.uint8).equal(other[name].contiguous().view(torch.uint8))
