@@ -130,19 +130,19 @@ class Snapshot:
         return int(self.generation.input_ids.shape[0])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the state under its name in a file, in the order of the model's layers."""
+        """Every tensor of the state under its name in a file: layer by layer, the names of each in order."""
         state = self.generation
         named: dict[str, torch.Tensor] = {}
         for i, layer in enumerate(self.cache.layers):
-            named |= {f"layers.{i}.{name}": t for name, t in layer.tensors.items()}
+            named |= {f"layers.{i}.{name}": t for name, t in sorted(layer.tensors.items())}
         named["generation.input_ids"] = state.input_ids
         named["generation.finished"] = state.finished
         if state.logits is not None:
             named["generation.logits"] = state.logits
-        named |= {f"generation.inputs.{name}": t for name, t in state.step_inputs.items()}
-        named |= {f"generation.rng.{name}": t for name, t in state.rng.items()}
+        named |= {f"generation.inputs.{name}": t for name, t in sorted(state.step_inputs.items())}
+        named |= {f"generation.rng.{name}": t for name, t in sorted(state.rng.items())}
         for i, processor in enumerate(state.processors):
-            named |= {f"generation.processors.{i}.{k}": t for k, t in processor.tensors.items()}
+            named |= {f"generation.processors.{i}.{k}": t for k, t in sorted(processor.tensors.items())}
         return named
 
     def structure(self) -> dict[str, Any]:

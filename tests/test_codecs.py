@@ -283,7 +283,7 @@ def test_wrong_parameters_are_refused(params: Mapping[str, Any]) -> None:
     payload = np.zeros(100, np.uint8)
     spec = TensorSpec("U8", (10, 10))
     assert survives(Planes(), payload, {"layout": "token", "planes": ONE}, spec)
-    with pytest.raises(IntegrityError, match="expected .* found") as refusal:
+    with pytest.raises(IntegrityError, match=r"expected .* found") as refusal:
         decoded(Planes(), payload, params, spec)
     assert len(str(refusal.value)) < 1000
 

@@ -26,15 +26,16 @@ class LocalFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
+            # Asked before it is opened: a pipe would make us wait for a writer.
+            if self.path.exists() and not self.path.is_file():
+                raise OSError(errno.EINVAL, "no regular file")
             self._file = self.path.open("rb", buffering=0)
-            if not self.path.is_file():
-                raise IsADirectoryError(errno.EISDIR, "not a file")
             self.size = os.fstat(self._file.fileno()).st_size
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a null byte in a path is a ValueError
             raise StoreError(
                 str(path),
                 expected="a readable file",
-                found=error.strerror or str(error),
+                found=_reason(error),
                 do="check the path",
             ) from error
         self._lock = threading.Lock()
@@ -93,8 +94,7 @@ def atomic_write(
     path = Path(path)
     hidden: Path | None = None
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        _check_path(path)
         _remove_leftovers(path)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         hidden = Path(name)
@@ -128,8 +128,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        _check_path(path)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -140,9 +139,20 @@ def _refused(path: Path, error: OSError) -> StoreError:
     return StoreError(
         str(path),
         expected="a folder that can be written to, with room for the file",
-        found=error.strerror or str(error),
+        found=_reason(error),
         do="nothing was changed there; free some space or choose another path",
     )
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _check_path(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder")
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "a null byte in the path")
 
 
 def _remove_leftovers(path: Path) -> None:
