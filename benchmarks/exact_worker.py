@@ -127,7 +127,8 @@ def captures(model_name: str, text: str, folder: str) -> Row:
 
     model, tokenizer = load_model(model_name)
     ids = tokenizer(Path(text).read_text(encoding="utf-8")[:4000], return_tensors="pt").input_ids[:, :128]
-    options = {"max_new_tokens": 96, "min_new_tokens": 96, "do_sample": True}
+    n_tokens, n_pairs = 32, 16
+    options = {"max_new_tokens": n_tokens, "min_new_tokens": n_tokens, "do_sample": True}
 
     def plain() -> Any:
         return model.generate(ids, **options)
@@ -138,15 +139,15 @@ def captures(model_name: str, text: str, folder: str) -> Row:
 
     plain(), captured()
     times: dict[str, list[float]] = {"plain": [], "captured": []}
-    for i in range(8):
+    for i in range(n_pairs):
         pair = [("plain", plain), ("captured", captured)]
         for name, run in pair if i % 2 else reversed(pair):
             times[name].append(_timed(run)[0])
     best = {name: float(np.median(values)) for name, values in times.items()}
     ratios = [a / b for a, b in zip(times["captured"], times["plain"], strict=True)]
     return {
-        "tokens_per_s": 96 / best["plain"],
-        "tokens_per_s captured": 96 / best["captured"],
+        "tokens_per_s": n_tokens / best["plain"],
+        "tokens_per_s captured": n_tokens / best["captured"],
         "cost_percent": 100 * (float(np.median(ratios)) - 1),
     }
 
