@@ -122,8 +122,7 @@ def fingerprint(model: Any, tokenizer: Any = None, *, weights: str = "full", ada
     """
     config = model.config.to_dict()
     text_config = model.config.get_text_config(decoder=True).to_dict()
-    described = {key: value for key, value in config.items() if key not in _NOT_CONFIG}
-    described["model_class"] = type(model).__name__
+    described = {**_described(config), "model_class": type(model).__name__}
     quantization = config.get("quantization_config") or {}
     return Provenance(
         weights=weights_digest(model, weights) if weights else "",
@@ -217,6 +216,13 @@ def _guard(model: Any) -> str:
         flat = _readable(tensor).reshape(-1)
         found.update(content.raw_bytes(flat[:: max(1, flat.numel() // _GUARD_VALUES)]).data)
     return found.hexdigest()
+
+
+def _described(config: Any) -> Any:
+    """A configuration, those within it included, without what proves nothing."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _described(value) for key, value in config.items() if key not in _NOT_CONFIG}
 
 
 def _adapters(model: Any) -> dict[str, Any]:
