@@ -18,7 +18,7 @@ class FollowedCriteria(StoppingCriteriaList):  # type: ignore[misc]
     """A run's own stopping criteria, asked as ever; each answer is one finished token.
 
     Args:
-        criteria: the run's criteria.
+        criteria: the run's criteria; those of a capture around this one go on telling theirs.
         tell: called with the tokens so far and the rows that have ended for good. A row whose text came to its
             end is one, and so is any row that was stopped while others went on. Rows that were stopped together
             by a length, a time or a rule of the caller's own can go on later.
@@ -26,7 +26,7 @@ class FollowedCriteria(StoppingCriteriaList):  # type: ignore[misc]
 
     def __init__(self, criteria: Any, tell: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
         list.__init__(self, criteria)
-        self._tell = tell
+        self._tells = (*getattr(criteria, "_tells", ()), tell)
         self._stopped: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -38,7 +38,9 @@ class FollowedCriteria(StoppingCriteriaList):  # type: ignore[misc]
             if isinstance(criterion, (EosTokenCriteria, StopStringCriteria, AlreadyEnded)):
                 ended = ended | answer
         self._stopped = done if self._stopped is None else self._stopped | done
-        self._tell(input_ids, ended)
+        ended = torch.where(self._stopped.all(), ended, self._stopped)
+        for tell in self._tells:
+            tell(input_ids, ended)
         return done
 
 
