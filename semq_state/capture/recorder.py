@@ -10,17 +10,17 @@ import torch
 from transformers.generation.utils import ALL_CACHE_NAMES, MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from semq_state.caches import CacheMark, dump_cache, mark_cache, n_cached
-from semq_state.errors import IncompleteStateError, UnsupportedOperationError
+from semq_state.errors import IncompleteStateError, SemqStateError, UnsupportedOperationError
 from semq_state.generation import seams
-from semq_state.generation.processors import Watch, dump_processor
+from semq_state.generation.processors import Watch, dump_processors
 from semq_state.generation.random import dump_rng
 from semq_state.generation.rows import FollowedCriteria
-from semq_state.generation.settings import dump_config
+from semq_state.generation.settings import check_config, dump_config
 from semq_state.provenance import Provenance, plain
 from semq_state.snapshot import GenerationState, ProcessorState, Snapshot
 
-# The prompt's own inputs: the first forward pass has used them up.
-_USED_UP = {"inputs_embeds", *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL}
+# The prompt's own inputs, which the first forward pass has used up, and what `stop_strings` reads.
+_NOT_KEPT = {"inputs_embeds", *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, "tokenizer"}
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,10 @@ class _Call:
     def __init__(self) -> None:
         self.prompt_length = 0
         self.config: Any = None
-        self.refused: UnsupportedOperationError | None = None
+        self.refused: SemqStateError | None = None
         self.logits_processors: list[Any] = []
         self.stopping_criteria: list[Any] = []
+        self.given: list[Any] = []
         self.watch = Watch(())
         self.pending: tuple[torch.Tensor, Mapping[str, Any]] | None = None
 
@@ -53,9 +54,10 @@ class _Call:
         self.watch = Watch([*self.logits_processors, *self.stopping_criteria])
 
     def processor_states(self) -> tuple[ProcessorState, ...]:
-        found = [dump_processor("logits", p) for p in self.logits_processors]
-        found += [dump_processor("stopping", p) for p in self.stopping_criteria]
-        return tuple(state for state in found if state is not None)
+        return (
+            *dump_processors("logits", self.logits_processors, self.given),
+            *dump_processors("stopping", self.stopping_criteria, self.given),
+        )
 
 
 class Recorder:
@@ -87,15 +89,21 @@ class Recorder:
 
     def _logits_processors(self, **kwargs: Any) -> Any:
         processors = self._originals[seams.LOGITS_PROCESSORS](**kwargs)
+        if kwargs["generation_config"].is_assistant:
+            return processors
         self._call = _Call()
         self._call.prompt_length = int(kwargs["input_ids_seq_length"])
         self._call.config = kwargs["generation_config"]
         self._call.logits_processors = list(processors)
+        self._call.given = list(kwargs.get("logits_processor") or ())
         return processors
 
     def _stopping_criteria(self, **kwargs: Any) -> Any:
         criteria = self._originals[seams.STOPPING_CRITERIA](**kwargs)
+        if kwargs["generation_config"].is_assistant:
+            return criteria
         self._call.stopping_criteria = list(criteria)
+        self._call.given += kwargs.get("stopping_criteria") or ()
         self._call.begin()
         return FollowedCriteria(criteria, self._finished_token)
 
@@ -117,29 +125,40 @@ class Recorder:
         return self._originals[seams.CANDIDATES](*args, **kwargs)
 
     def _finished_token(self, input_ids: torch.Tensor, ended: torch.Tensor) -> None:
-        call = self._call
-        if call.pending is None or call.refused or (call.config.num_beams or 1) > 1:
-            return
+        if not self._call.refused:
+            try:
+                self.last = self._step(self._call, input_ids, ended)
+            except SemqStateError as error:
+                # The caller's generation goes on; `snapshot` tells.
+                self._call.refused = error
+        self._on_step()
+
+    def _step(self, call: _Call, input_ids: torch.Tensor, ended: torch.Tensor) -> Step:
+        check_config(call.config)
+        if call.pending is None:
+            raise UnsupportedOperationError(
+                "custom_generate",
+                expected="a loop that prepares each step as transformers' own does",
+                found="another",
+                do="use sq.snapshot_of in a loop of your own",
+            )
         logits, inputs = call.pending
         cache = next((inputs[name] for name in ALL_CACHE_NAMES if inputs.get(name) is not None), None)
-        self.last = Step(
+        return Step(
             call, input_ids, ended, logits, inputs, mark_cache(cache), dump_rng(self._model),
             call.processor_states(),
         )  # fmt: skip
-        self._on_step()
 
     def snapshot(self, provenance: Provenance) -> Snapshot:
         """The state after the last finished token.
 
         Raises:
             IncompleteStateError: no token was finished, or something in the state cannot be kept.
+            UnsupportedModelError: no cache family knows the cache.
             UnsupportedOperationError: this way of generating cannot be kept.
         """
-        call = self._call
-        if call.refused:
-            raise call.refused
-        if call.config is not None:
-            dump_config(call.config)
+        if self._call.refused:
+            raise self._call.refused
         step = self.last
         if step is None:
             raise IncompleteStateError(
@@ -174,7 +193,7 @@ def _sorted_out(inputs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dic
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
     for name, value in inputs.items():
-        if name in ALL_CACHE_NAMES or name in _USED_UP:
+        if name in ALL_CACHE_NAMES or name in _NOT_KEPT:
             continue
         if isinstance(value, torch.Tensor):
             tensors[name] = value

@@ -52,6 +52,7 @@ class Capture:
         self._provenance: Provenance | None = None
         self._n_unsaved = 0
         self._n_saved = 0
+        self._tried = False
 
     def __enter__(self) -> Capture:
         if self._recorder is not None:
@@ -98,6 +99,7 @@ class Capture:
         Raises:
             IncompleteStateError: no token was finished yet, something in the state cannot be kept, or the
                 weights were changed since the capture began.
+            UnsupportedModelError: no cache family knows the model's cache.
             UnsupportedOperationError: this way of generating cannot be kept.
         """
         if self._recorder is None or self._mark is None:
@@ -127,8 +129,9 @@ class Capture:
         if self._autosave is None:
             return
         # The first token is saved at once: the prefill behind it is the dearest part to lose.
-        if self._n_saved and self._n_unsaved < self._every:
+        if self._tried and self._n_unsaved < self._every:
             return
+        self._tried = True
         try:
             self._save()
         except SemqStateError as failure:

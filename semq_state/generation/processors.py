@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers.generation import stopping_criteria as stopping
 from transformers.generation.logits_process import (
+    PrefixConstrainedLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
     SynthIDTextWatermarkState,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -26,6 +27,27 @@ from semq_state.provenance import plain
 from semq_state.snapshot import ProcessorState
 
 _PLAIN = (type(None), bool, int, float, str)
+
+
+def dump_processors(role: str, processors: Iterable[Any], given: Collection[Any]) -> Iterator[ProcessorState]:
+    """What each of `processors` remembers. Of those that the caller passed at least the name is kept: settings
+    cannot bring them back, and a run without them would go another way.
+
+    Args:
+        role: `logits` or `stopping`.
+        processors: all that the run uses.
+        given: those of them that the caller passed.
+
+    Raises:
+        UnsupportedOperationError: one holds a state that cannot be kept.
+    """
+    for processor in processors:
+        state = dump_processor(role, processor)
+        passed = any(processor is one for one in given)
+        if state is None and (passed or isinstance(processor, PrefixConstrainedLogitsProcessor)):
+            state = ProcessorState(role, type(processor).__name__)
+        if state is not None:
+            yield state
 
 
 def dump_processor(role: str, processor: Any) -> ProcessorState | None:
@@ -112,7 +134,8 @@ def restore_processors(
             )
             continue
         free.remove(match)
-        restore_processor(state, match, batch_size)
+        if state.tensors or state.meta:
+            restore_processor(state, match, batch_size)
 
 
 class Watch:

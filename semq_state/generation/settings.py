@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 from semq_state.errors import UnsupportedOperationError
 from semq_state.provenance import plain
@@ -15,8 +15,8 @@ _NOT_KEPT = ("transformers_version", "_from_model_config", "compile_config")
 # `compile_config` is about speed; it holds objects of torch's own.
 
 
-def dump_config(config: GenerationConfig) -> dict[str, Any]:
-    """The settings that a generation ran with, defaults included.
+def check_config(config: GenerationConfig) -> None:
+    """Refuses a way of generating that cannot be kept.
 
     Raises:
         UnsupportedOperationError: the generation searches over beams, which cannot be resumed.
@@ -28,8 +28,17 @@ def dump_config(config: GenerationConfig) -> dict[str, Any]:
             found=str(config.num_beams),
             do="a beam search cannot be taken apart in the middle yet; sample or decode greedily",
         )
+
+
+def dump_config(config: GenerationConfig) -> dict[str, Any]:
+    """The settings that a generation ran with, defaults included.
+
+    Raises:
+        UnsupportedOperationError: as `check_config`.
+    """
+    check_config(config)
     values = {
-        name: value
+        name: _without_objects(value)
         for name, value in config.to_dict().items()
         if name not in _NOT_KEPT and not name.endswith("_tensor")
     }
@@ -46,4 +55,18 @@ def rebuild_config(values: Mapping[str, Any]) -> GenerationConfig:
             stacklevel=3,
         )
     kept = {name: value for name, value in values.items() if name in known and value is not None}
+    watermark = kept.get("watermarking_config")
+    if watermark is not None:
+        # `GenerationConfig` would make either a `WatermarkingConfig`.
+        kind = SynthIDTextWatermarkingConfig if "ngram_len" in watermark else WatermarkingConfig
+        kept["watermarking_config"] = kind(**watermark)
     return GenerationConfig(**kept)
+
+
+def _without_objects(value: Any) -> Any:
+    """A setting in the other form that `generate` takes, where `plain` could not give it back."""
+    if isinstance(value, (WatermarkingConfig, SynthIDTextWatermarkingConfig)):
+        return value.to_dict()
+    if isinstance(value, Mapping) and any(isinstance(key, tuple) for key in value):
+        return [[list(tokens), bias] for tokens, bias in value.items()]
+    return value
