@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from semq_state.caches.base import AbstractFamily as AbstractFamily
 from semq_state.caches.base import Mark as Mark
+from semq_state.caches.cache import NO_CACHE as NO_CACHE
 from semq_state.caches.cache import CacheMark as CacheMark
+from semq_state.caches.cache import can_step_back as can_step_back
 from semq_state.caches.cache import check_cache as check_cache
 from semq_state.caches.cache import dump_cache as dump_cache
 from semq_state.caches.cache import mark_cache as mark_cache

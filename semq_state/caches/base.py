@@ -31,7 +31,11 @@ class AbstractFamily(ABC):
 
     @abstractmethod
     def dump(self, layer: Any, mark: Mark) -> LayerState:
-        """The state of `layer` when `mark` was made, even if a later step was cut short. Shares memory."""
+        """The state of `layer` when `mark` was made, even if a later step was cut short. Shares memory.
+
+        Raises:
+            IncompleteStateError: the layer has lost that state since.
+        """
 
     @abstractmethod
     def rebuild(self, state: LayerState, device: torch.device) -> Any:
@@ -40,6 +44,10 @@ class AbstractFamily(ABC):
     @abstractmethod
     def n_cached(self, state: LayerState) -> int | None:
         """How many tokens the layer has seen; None where it does not count them."""
+
+    def can_step_back(self, state: LayerState) -> bool:
+        """Whether a layer in this state can give back its last token, to have it computed again."""
+        return True
 
     def check(self, state: LayerState, batch_size: int, where: str) -> None:
         """Refuses a state that `rebuild` could not make a working layer from.
@@ -66,6 +74,14 @@ class AbstractFamily(ABC):
                     found=str(tuple(tensor.shape)),
                     do="the file was put together wrongly; take the snapshot again",
                 )
+        lengths = {state.tensors[name].shape[1:3] for name in self.names}
+        if len(lengths) > 1:
+            raise IncompleteStateError(
+                where,
+                expected=f"{' and '.join(self.names)} of one length",
+                found=", ".join(str(tuple(state.tensors[name].shape)) for name in self.names),
+                do="the file was put together wrongly; take the snapshot again",
+            )
 
     def needs_tensors(self, state: LayerState) -> bool:
         """Whether a layer in this state must hold tensors (a layer that was never used need not)."""

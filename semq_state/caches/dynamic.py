@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from semq_state.caches.base import AbstractFamily, Mark
+from semq_state.errors import IncompleteStateError
 from semq_state.snapshot import LayerState
 
 
@@ -26,6 +27,13 @@ class Dynamic(AbstractFamily):
     def dump(self, layer: Any, mark: Mark) -> LayerState:
         if not mark:
             return LayerState(self.id, {}, {"filled": False})
+        if layer.get_seq_length() < mark:
+            raise IncompleteStateError(
+                "cache",
+                expected=f"the {mark} tokens that it held after the last finished one",
+                found=f"{layer.get_seq_length()}: it was cut since",
+                do="take the snapshot before the cache is used for something else",
+            )
         return LayerState(
             self.id,
             {"keys": layer.keys[:, :, :mark, :], "values": layer.values[:, :, :mark, :]},

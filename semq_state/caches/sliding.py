@@ -51,6 +51,10 @@ class Sliding(AbstractFamily):
     def n_cached(self, state: LayerState) -> int | None:
         return int(state.meta["n_seen"]) if state.tensors else None
 
+    def can_step_back(self, state: LayerState) -> bool:
+        # A full window has dropped the token that would come back in.
+        return int(state.meta["n_seen"]) < int(state.meta["window"])
+
     def check(self, state: LayerState, batch_size: int, where: str) -> None:
         super().check(state, batch_size, where)
         window, n_seen = state.meta.get("window"), state.meta.get("n_seen")

@@ -52,7 +52,7 @@ def snapshot_of(
         >>> input_ids = torch.cat([input_ids, out.logits[:, -1:].argmax(-1)], dim=-1)  # doctest: +SKIP
         >>> snapshot = sq.snapshot_of(model, cache, input_ids)  # doctest: +SKIP
     """
-    from semq_state.caches import check_cache, dump_cache, mark_cache, n_cached
+    from semq_state.caches import can_step_back, check_cache, dump_cache, mark_cache, n_cached
 
     inner = base_model(model)
     if input_ids.ndim != 2:
@@ -66,6 +66,13 @@ def snapshot_of(
             expected=f"all {cached} tokens that the cache holds, and those chosen since",
             found=f"{n_tokens}",
             do="pass the whole sequence, prompt included",
+        )
+    if cached == n_tokens and logits is None and not can_step_back(cache):
+        raise IncompleteStateError(
+            "logits",
+            expected="those of the last token, which a full sliding window cannot give back",
+            found="none",
+            do="pass logits=, or take the snapshot when the next token is chosen",
         )
     given = {"attention_mask": attention_mask, "position_ids": position_ids}
     inputs = {name: tensor for name, tensor in given.items() if tensor is not None}

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from semq_state.caches import check_cache
+from semq_state.caches import can_step_back, check_cache
 from semq_state.errors import Difference, IncompleteStateError, ModelMismatchError
 from semq_state.fingerprint import fingerprint
 from semq_state.provenance import IDENTITY, advice, identity_differences
+from semq_state.restore.continuation import n_tokens
 from semq_state.snapshot import Snapshot
 
 
@@ -76,7 +77,7 @@ def check_state(snapshot: Snapshot, model: Any) -> None:
         IncompleteStateError: they do.
         UnsupportedModelError: a part is of an unknown kind.
     """
-    state, batch = snapshot.generation, snapshot.batch_size
+    state = snapshot.generation
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
 
     def require(holds: bool, where: str, expected: str, found: Any) -> None:
@@ -91,6 +92,7 @@ def check_state(snapshot: Snapshot, model: Any) -> None:
     ids = state.input_ids
     require(ids.ndim == 2 and ids.dtype == torch.int64 and ids.numel() > 0, "input_ids", "(batch, seq) int64",
             (tuple(ids.shape), ids.dtype))  # fmt: skip
+    batch = snapshot.batch_size
     low, high = int(ids.min()), int(ids.max())
     require(
         low >= 0 and high < vocabulary,
@@ -106,9 +108,9 @@ def check_state(snapshot: Snapshot, model: Any) -> None:
     require(state.finished.shape == (batch,) and state.finished.dtype == torch.bool, "finished",
             f"({batch},) bool", (tuple(state.finished.shape), state.finished.dtype))  # fmt: skip
     if state.logits is not None:
-        shape = (batch, state.logits.shape[-1])
-        require(state.logits.ndim == 2 and tuple(state.logits.shape) == shape, "logits",
-                f"{shape}", tuple(state.logits.shape))  # fmt: skip
+        head = model.get_output_embeddings()
+        shape = (batch, getattr(head, "out_features", vocabulary))
+        require(tuple(state.logits.shape) == shape, "logits", f"{shape}", tuple(state.logits.shape))
     for name, tensor in state.step_inputs.items():
         require(
             tensor.ndim > 0 and tensor.shape[-1] >= 1,
@@ -116,7 +118,12 @@ def check_state(snapshot: Snapshot, model: Any) -> None:
             "a token axis",
             tensor.shape,
         )
+    mask, n_all = state.step_inputs.get("attention_mask"), n_tokens(snapshot)
+    require(mask is None or tuple(mask.shape) == (batch, n_all), "attention_mask", f"{(batch, n_all)}",
+            None if mask is None else tuple(mask.shape))  # fmt: skip
     check_cache(snapshot.cache, batch, state.n_cached)
+    require(state.n_cached < n_all or state.logits is not None or can_step_back(snapshot.cache), "logits",
+            "those of the last token, which the cache cannot give back", None)  # fmt: skip
     _check_heads(snapshot, model, require)
 
 

@@ -17,11 +17,32 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from semq_state.caches import NO_CACHE
+from semq_state.errors import UnsupportedOperationError
 from semq_state.generation import seams
 from semq_state.generation.processors import restore_processors
 from semq_state.generation.rows import AlreadyEnded, EndedRowsPadding
 from semq_state.generation.settings import rebuild_config
 from semq_state.snapshot import Snapshot
+
+_ONE_SEQUENCE = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "assistant_model": None,
+    "prompt_lookup_num_tokens": None,
+}
+"""What may not differ from these: the state has one cache row and one step for each of its sequences."""
+
+
+def n_tokens(snapshot: Snapshot) -> int:
+    """How many tokens each row has, also where `input_ids` does not show all that are in the cache.
+
+    With a cache or embeddings that came from elsewhere `generate` never saw the tokens before its input; but
+    exactly one is always not in the cache yet. A loop of one's own tells all of its tokens.
+    """
+    state = snapshot.generation
+    with_cache = bool(state.config) and snapshot.cache.kind != NO_CACHE
+    return state.n_cached + 1 if with_cache else snapshot.n_tokens
 
 
 class Continuation:
@@ -51,13 +72,7 @@ class Continuation:
         self._ids = self._state.input_ids.to(self._device)
         self._finished = self._state.finished.to(self._device)
         self._inputs = {name: t.to(self._device) for name, t in self._state.step_inputs.items()}
-        # With a cache that came from elsewhere, `generate` never saw the tokens before its input.
-        mask = self._inputs.get("attention_mask")
-        seen = self._ids.shape[1]
-        at_least = self._state.n_cached + (1 if self._state.n_cached >= seen else 0)
-        self._n_tokens = int(mask.shape[1]) if mask is not None else max(seen, at_least)
-        if self._state.n_cached == seen:
-            self._n_tokens = seen
+        self._n_tokens = n_tokens(snapshot)
         if append is not None:
             self._ids = torch.cat([self._ids, append], dim=-1)
             self._n_tokens += append.shape[1]
@@ -67,12 +82,17 @@ class Continuation:
         }
 
     def arguments(self, kwargs: Mapping[str, Any], tokenizer: Any) -> dict[str, Any] | None:
-        """The arguments for `model.generate`; None where the recorded generation had come to its end."""
+        """The arguments for `model.generate`; None where the recorded generation had come to its end.
+
+        Raises:
+            UnsupportedOperationError: they ask for another number of sequences or of tokens a step.
+        """
         given = dict(kwargs)
         config = copy.deepcopy(given.pop("generation_config", None))
         self._is_recorded = config is None and bool(self._state.config)
         if self._is_recorded:
             config = self._recorded_config()
+        _refuse_others(given, config)
         if config is None:
             return {**given, **self._tensors()}
         # A cache is passed in; naming a kind of cache as well would be refused.
@@ -94,6 +114,8 @@ class Continuation:
         config = rebuild_config(self._state.config)
         # These were resolved to absolute lengths when the recorded run began.
         config.max_new_tokens = config.min_new_tokens = None
+        # Its sequences are rows of the batch by now.
+        config.num_return_sequences = None
         if self._append is not None:
             budget = (config.max_length or 0) - self._state.prompt_length
             config.max_length, config.min_length = self._ids.shape[1] + budget, None
@@ -180,3 +202,15 @@ class Continuation:
                 input_ids, next_sequence_length=n_fed, is_first_iteration=new_turn, **model_kwargs
             )
             return self._model(**inputs, return_dict=True)
+
+
+def _refuse_others(given: Mapping[str, Any], config: Any) -> None:
+    for name, usual in _ONE_SEQUENCE.items():
+        value = given.get(name, getattr(config, name, None))
+        if value is not None and value != usual:
+            raise UnsupportedOperationError(
+                f"resumed.generate({name}=…)",
+                expected=repr(usual),
+                found=repr(value) if isinstance(value, int) else type(value).__name__,
+                do="sample or decode greedily; several branches come from resumed.fork",
+            )

@@ -64,17 +64,31 @@ class Resumed:
         """Arguments for a `model.generate` by hand: `input_ids`, `attention_mask`, `past_key_values`.
 
         Each access builds a new cache that shares the snapshot's memory. The random state is not part of it.
+        `input_ids` are all tokens, or only the last where the recorded run was not given all of them either.
+
+        Raises:
+            UnsupportedOperationError: every token is in the cache already and the last cannot be taken out.
         """
-        state = self.snapshot.generation
-        ids = state.input_ids.to(self._inner.device)
+        from semq_state.caches import can_step_back
+        from semq_state.restore.continuation import n_tokens
+
+        state, n_all = self.snapshot.generation, n_tokens(self.snapshot)
+        ids, cache = state.input_ids.to(self._inner.device), self._cache()
+        if state.n_cached == n_all:
+            if not can_step_back(self.snapshot.cache):
+                raise UnsupportedOperationError(
+                    "resumed.inputs",
+                    expected="a token that is not in the cache yet",
+                    found="all of them in it, and a sliding window that has dropped what came before",
+                    do="use resumed.generate, which starts from the kept logits",
+                )
+            cache.crop(-1)
         mask = state.step_inputs.get("attention_mask")
-        if mask is None:
-            n_tokens = max(ids.shape[1], state.n_cached + (1 if state.n_cached >= ids.shape[1] else 0))
-            mask = ids.new_ones((ids.shape[0], n_tokens))
+        mask = ids.new_ones((ids.shape[0], n_all)) if mask is None else mask.to(ids.device)
         return {
-            "input_ids": ids,
-            "attention_mask": mask.to(self._inner.device),
-            "past_key_values": self._cache(),
+            "input_ids": ids if ids.shape[1] == n_all else ids[:, -1:],
+            "attention_mask": mask,
+            "past_key_values": cache,
         }
 
     def generate(
