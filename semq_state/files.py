@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from semq_state import codecs, container, content
 from semq_state.codecs import MAX_EXPANSION, AbstractCodec, Encoded
 from semq_state.container import MANIFEST, Manifest, SectionEntry, SectionWriter, TensorEntry
 from semq_state.content import DTYPES, Bytes, TensorSpec
-from semq_state.errors import FormatError, IntegrityError
+from semq_state.errors import FormatError, IntegrityError, SemqStateError, UnknownCodecError
 from semq_state.provenance import Provenance
 from semq_state.snapshot import Snapshot, assemble
 from semq_state.stores import LocalFile, atomic_write
@@ -187,7 +188,7 @@ def load(path: PathLike, *, progress: Progress | None = None) -> Snapshot:
         advance = _counter(progress, sum(spec.n_bytes for spec in specs.values()))
         tensors: dict[str, torch.Tensor] = {}
         read = partial(_read_section, file, header, manifest)
-        # Each tensor is made when its first section arrives, never before its stored size was checked.
+        # Each tensor is made when its first section arrives; that all are there was checked.
         for job, data in _in_order(read, list(_jobs(manifest))):
             spec = specs[job.tensor]
             if (job.start, job.stop) == _bounds(spec):
@@ -216,11 +217,13 @@ def inspect(path: PathLike) -> SnapshotInfo:
         return SnapshotInfo(str(path), file.size, sum(sizes.values()), cached, manifest.codec, manifest)
 
 
-def check_sections(path: PathLike, *, progress: Progress | None = None) -> tuple[Manifest, dict[str, FormatError]]:
+def check_sections(
+    path: PathLike, *, progress: Progress | None = None
+) -> tuple[Manifest, dict[str, SemqStateError]]:
     """Decodes every section and compares its digests, keeping none; returns what failed, by section.
 
     Raises:
-        StoreError, FormatError: header or manifest cannot be read at all.
+        StoreError, FormatError, IncompleteStateError: header or manifest cannot be read at all.
     """
     with LocalFile(path) as file:
         header, manifest = _opened(file)
@@ -286,26 +289,20 @@ def _read_section(file: LocalFile, header: container.Header, manifest: Manifest,
     tensor = manifest.tensors[job.tensor]
     entry = next(s for s in tensor.sections if s.section == job.section)
     spec, section = tensor.spec.chunk(job.start, job.stop), header.sections[job.section]
-    where = f"{file.path}, section {job.section!r}"
-    if spec.n_bytes > MAX_EXPANSION * section.n_bytes:
-        raise IntegrityError(
-            where,
-            expected=f"at most {MAX_EXPANSION * section.n_bytes} bytes from {section.n_bytes}",
-            found=f"a claim of {spec.n_bytes}",
-            do="no writer makes such a file; do not trust it",
-        )
+    where = _section_in(str(file.path), job.section)
     payload = np.frombuffer(file.read(header.data_start + section.begin, section.n_bytes), np.uint8)
     out = np.empty(spec.n_bytes, np.uint8)
-    codecs.decoder(entry.codec).decode(payload, entry.params, spec, out)
+    with _told_from(where):
+        codecs.decoder(entry.codec).decode(payload, entry.params, spec, out)
     chunks = tensor.spec.chunks()
     at = [i for i, (start, stop) in enumerate(chunks) if job.start <= start and stop <= job.stop]
     expected = tuple(tensor.digests[i] for i in at)
-    found = _chunk_digests(out, spec)
-    if found != expected:
+    wrong = [pair for pair in zip(expected, _chunk_digests(out, spec), strict=True) if pair[0] != pair[1]]
+    if wrong:
         raise IntegrityError(
             where,
-            expected=", ".join(expected),
-            found=", ".join(found),
+            expected=wrong[0][0],
+            found=wrong[0][1],
             do="the tensor was changed or damaged",
         )
     return out
@@ -315,52 +312,128 @@ def _opened(file: LocalFile) -> tuple[container.Header, Manifest]:
     where = str(file.path)
     header = container.read_header(file.read, file.size, where)
     section = header.sections.get(MANIFEST)
-    if header.metadata.get("format") != "semq_state" or section is None:
+    if header.metadata.get("format") != "semq_state" or section is None or not _is_coded(section):
         raise FormatError(
             where,
             expected="a semq_state snapshot",
-            found=f"another safetensors file ({header.metadata.get('format', 'no format named')})",
+            found=f"another safetensors file, of format {container.shown(header.metadata.get('format'))}",
             do="name a file that semq_state saved",
         )
     data = file.read(header.data_start + section.begin, section.n_bytes)
     manifest = container.read_manifest(data, header, where)
-    for name in ("generation.input_ids", "generation.finished"):
-        _require(name in manifest.tensors, where, f"a tensor {name}")
+    _check_claims(header, manifest, where)
+    _check_tokens(manifest, where)
+    # Put together from nothing first, so that a wrong structure is refused before a tensor is read.
+    _assembled(manifest, dict.fromkeys(manifest.tensors, torch.empty(0)), where)
     provenance = _provenance(manifest, where)
     found = content.state_id(manifest.content_digest, provenance.identity())
     if found != manifest.state_id:
         raise IntegrityError(
             where,
-            expected=f"state_id {manifest.state_id}",
+            expected=f"state_id {container.shown(manifest.state_id)}",
             found=found,
             do="the provenance was changed",
         )
     return header, manifest
 
 
+def _is_coded(section: container.Section) -> bool:
+    return (section.spec.dtype, len(section.spec.shape)) == ("U8", 1)
+
+
+def _check_claims(header: container.Header, manifest: Manifest, where: str) -> None:
+    """Holds what each section stands for against what is stored, before any memory is taken for it."""
+    for tensor in manifest.tensors.values():
+        for entry in tensor.sections:
+            spec, section = tensor.spec.chunk(entry.start, entry.stop), header.sections[entry.section]
+            most = MAX_EXPANSION * section.n_bytes
+            if spec.n_bytes > most:
+                raise IntegrityError(
+                    _section_in(where, entry.section),
+                    expected=f"at most {most} bytes from {section.n_bytes}",
+                    found=f"a claim of {spec.n_bytes}",
+                    do="no writer makes such a file; do not trust it",
+                )
+            if not (section.spec == spec if entry.codec == "raw" else _is_coded(section)):
+                raise IntegrityError(
+                    _section_in(where, entry.section),
+                    expected="a plain tensor under `raw`, coded bytes under any other codec",
+                    found=f"{section.spec} under {container.shown(entry.codec)}",
+                    do="no writer makes such a file; do not trust it",
+                )
+
+
+def _check_tokens(manifest: Manifest, where: str) -> None:
+    """Proves that the tokens, which every reader shows, have the axes that they are shown by."""
+    found = [manifest.tensors.get(f"generation.{name}") for name in ("input_ids", "finished")]
+    ids, finished = (entry.spec if entry else None for entry in found)
+    if not (ids and (ids.dtype, len(ids.shape)) == ("I64", 2) and finished == TensorSpec("BOOL", ids.shape[:1])):
+        raise FormatError(
+            f"{where}, manifest",
+            expected="I64 generation.input_ids (batch, seq) and BOOL generation.finished (batch,)",
+            found=f"{ids}, {finished}",
+            do="use another copy",
+        )
+
+
+_PROVENANCE: Mapping[str, tuple[type, ...]] = {
+    "weights": (str,),
+    "config": (dict,),
+    "rope": (dict,),
+    "tokenizer": (str, type(None)),
+    "adapters": (dict,),
+    "quantization": (dict,),
+    "dtype": (str,),
+    "model_name": (str,),
+    "versions": (dict,),
+    "attention": (str,),
+    "device": (str,),
+    "threads": (int,),
+    "created": (str,),
+}
+
+
 def _provenance(manifest: Manifest, where: str) -> Provenance:
-    try:
-        return Provenance(**manifest.provenance)
-    except TypeError as error:
-        raise FormatError(where, expected="a provenance", found=str(error), do="use another copy") from error
+    told = manifest.provenance
+    wrong = [name for name, kinds in _PROVENANCE.items() if name not in told or type(told[name]) not in kinds]
+    if wrong or told.keys() != _PROVENANCE.keys():
+        raise FormatError(
+            f"{where}, provenance",
+            expected=f"the fields {', '.join(_PROVENANCE)}, each of its own kind",
+            found=f"wrong {container.shown(wrong or sorted(told.keys() - _PROVENANCE.keys()))}",
+            do="use another copy",
+        )
+    return Provenance(**told)
 
 
 def _assembled(manifest: Manifest, tensors: dict[str, torch.Tensor], where: str) -> Snapshot:
     known = {name: entry.digests for name, entry in manifest.tensors.items()}
+    provenance = _provenance(manifest, where)
     try:
-        return assemble(manifest.structure, tensors, _provenance(manifest, where), known)
-    except (KeyError, TypeError, AttributeError) as error:
+        with _told_from(where):
+            return assemble(manifest.structure, tensors, provenance, known)
+    except (KeyError, TypeError) as error:
         raise FormatError(
             f"{where}, structure",
             expected="cache and generation",
-            found=repr(error),
+            found=f"{error!r:.200}",
             do="use another copy",
         ) from error
 
 
-def _require(holds: bool, where: str, expected: str) -> None:
-    if not holds:
-        raise FormatError(f"{where}, manifest", expected=expected, found="none", do="use another copy")
+def _section_in(where: str, section: str) -> str:
+    return f"{where}, section {section!r:.200}"
+
+
+@contextlib.contextmanager
+def _told_from(where: str) -> Iterator[None]:
+    """Puts the place in the file before what a codec or the snapshot, which know no files, say of themselves."""
+    try:
+        yield
+    except SemqStateError as error:
+        raise type(error)(
+            f"{where}, {error.where}", expected=error.expected, found=error.found, do=error.do
+        ) from error
 
 
 def _manifest(
@@ -403,16 +476,16 @@ def _compare(path: Path, manifest: Manifest, advance: Callable[[int], None]) -> 
 
 def _failures(
     file: LocalFile, header: container.Header, manifest: Manifest, advance: Callable[[int], None]
-) -> dict[str, FormatError]:
-    def tried(job: _Job) -> int | FormatError:
+) -> dict[str, SemqStateError]:
+    def tried(job: _Job) -> int | SemqStateError:
         try:
             return len(_read_section(file, header, manifest, job))
-        except FormatError as error:
+        except (FormatError, UnknownCodecError) as error:
             return error
 
-    failures: dict[str, FormatError] = {}
+    failures: dict[str, SemqStateError] = {}
     for job, result in _in_order(tried, list(_jobs(manifest))):
-        if isinstance(result, FormatError):
+        if isinstance(result, SemqStateError):
             failures[job.section] = result
         else:
             advance(result)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +15,8 @@ from semq_state.errors import IncompleteStateError
 from semq_state.provenance import Provenance
 
 Tensors = Mapping[str, torch.Tensor]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,44 +194,75 @@ def assemble(
         KeyError, TypeError: the structure itself is malformed.
     """
     left = dict(tensors)
-
-    def take(prefix: str, names: list[str]) -> dict[str, torch.Tensor]:
-        return {name: one(f"{prefix}.{name}") for name in names}
-
-    def one(name: str) -> torch.Tensor:
-        if name not in left:
-            raise IncompleteStateError(
-                name,
-                expected="a tensor of this name",
-                found="none",
-                do="the state cannot go on without it; take the snapshot again",
-            )
-        return left.pop(name)
-
-    cache, state = structure["cache"], structure["generation"]
+    one, many = partial(_take, left), partial(_take_all, left)
+    cache, state = _field(structure, "cache", dict), _field(structure, "generation", dict)
     layers = tuple(
-        LayerState(x["family"], take(f"layers.{i}", x["tensors"]), x["meta"]) for i, x in enumerate(cache["layers"])
+        LayerState(_field(x, "family", str), many(f"layers.{i}", x, "tensors"), _field(x, "meta", dict))
+        for i, x in enumerate(_field(cache, "layers", list))
     )
     generation = GenerationState(
         input_ids=one("generation.input_ids"),
-        prompt_length=state["prompt_length"],
-        n_cached=state["n_cached"],
+        prompt_length=_count(state, "prompt_length"),
+        n_cached=_count(state, "n_cached"),
         finished=one("generation.finished"),
-        logits=one("generation.logits") if state["has_logits"] else None,
-        step_inputs=take("generation.inputs", state["inputs"]),
-        step_values=state["values"],
-        rng=take("generation.rng", state["rng"]),
-        config=state["config"],
+        logits=one("generation.logits") if _field(state, "has_logits", bool) else None,
+        step_inputs=many("generation.inputs", state, "inputs"),
+        step_values=_field(state, "values", dict),
+        rng=many("generation.rng", state, "rng"),
+        config=_field(state, "config", dict),
         processors=tuple(
-            ProcessorState(p["role"], p["name"], take(f"generation.processors.{i}", p["tensors"]), p["meta"])
-            for i, p in enumerate(state["processors"])
+            ProcessorState(
+                _field(p, "role", str),
+                _field(p, "name", str),
+                many(f"generation.processors.{i}", p, "tensors"),
+                _field(p, "meta", dict),
+            )
+            for i, p in enumerate(_field(state, "processors", list))
         ),
     )
     if left:
         raise IncompleteStateError(
-            ", ".join(sorted(left)),
+            f"{', '.join(sorted(left)):.200}",
             expected="only tensors that the structure names",
             found="these besides",
             do="the file was put together wrongly; take the snapshot again",
         )
-    return Snapshot(CacheState(cache["kind"], layers, cache["meta"]), generation, provenance, digests)
+    whole = CacheState(_field(cache, "kind", str), layers, _field(cache, "meta", dict))
+    snapshot = Snapshot(whole, generation, provenance, digests)
+    if snapshot.structure() != structure:
+        raise TypeError("fields besides, or names out of order")
+    return snapshot
+
+
+def _take(left: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    if name not in left:
+        raise IncompleteStateError(
+            f"{name:.80}",
+            expected="a tensor of this name",
+            found="none",
+            do="the state cannot go on without it; take the snapshot again",
+        )
+    return left.pop(name)
+
+
+def _take_all(
+    left: dict[str, torch.Tensor], prefix: str, table: Mapping[str, Any], name: str
+) -> dict[str, torch.Tensor]:
+    names = _field(table, name, list)
+    if not all(type(each) is str for each in names):
+        raise TypeError(f"`{name}` is {reprlib.repr(names)}, not a list of names")
+    return {each: _take(left, f"{prefix}.{each}") for each in names}
+
+
+def _count(table: Mapping[str, Any], name: str) -> int:
+    if (value := _field(table, name, int)) < 0:
+        raise TypeError(f"`{name}` is {value}, not a count")
+    return value
+
+
+def _field(table: Mapping[str, Any], name: str, kind: type[_T]) -> _T:
+    """A field of a structure that a file told, with its type proved."""
+    value = table[name]
+    if type(value) is not kind:
+        raise TypeError(f"`{name}` is {reprlib.repr(value)}, not {kind.__name__}")
+    return value

@@ -78,7 +78,7 @@ def state(n_tokens: int = 37, *, seed: int = 0, provenance: Provenance | None = 
     )
     generation = GenerationState(
         input_ids=torch.arange(2 * (n_tokens + 1)).reshape(2, -1),
-        prompt_length=n_tokens - 4,
+        prompt_length=max(0, n_tokens - 4),
         n_cached=n_tokens,
         finished=torch.tensor([True, False]),
         logits=bits("F32", 2, 99, seed=seed),
@@ -613,13 +613,14 @@ def test_killed_writer_is_cleaned_up_after(path: Path) -> None:
         "    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE) as writer:
-        assert writer.stdout and writer.stdout.readline() == b"writing\n"
-        sq.save(state(3), path.with_name("other"))
-        with atomic_write(path) as file:
-            assert len(hidden(path.parent)) == 2
-            file.write(b"new")
-        assert len(hidden(path.parent)) == 1
-        writer.kill()
+        try:
+            assert writer.stdout and writer.stdout.readline() == b"writing\n"
+            with atomic_write(path) as file:
+                assert len(hidden(path.parent)) == 2
+                file.write(b"new")
+            assert len(hidden(path.parent)) == 1
+        finally:
+            writer.kill()
     assert len(hidden(path.parent)) == 1
     sq.save(state(3), path)
     assert hidden(path.parent) == []

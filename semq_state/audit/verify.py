@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from semq_state import files
-from semq_state.errors import FormatError
+from semq_state.errors import FormatError, IncompleteStateError
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def verify(path: str | os.PathLike[str], *, progress: files.Progress | None = No
     """
     try:
         manifest, failures = files.check_sections(path, progress=progress)
-    except FormatError as error:
+    except (FormatError, IncompleteStateError) as error:
         return Verification(str(path), "", 0, {"file": str(error)})
     n_sections = sum(len(t.sections) for t in manifest.tensors.values())
     return Verification(

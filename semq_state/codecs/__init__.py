@@ -42,8 +42,9 @@ def decoder(codec_id: str) -> AbstractCodec:
     """
     if codec_id not in DECODERS:
         raise UnknownCodecError(
-            f"codec {codec_id!r}",
+            "codec",
             expected=f"one of {', '.join(sorted(DECODERS))}",
+            found=f"{codec_id!r:.80}",
             do="install a newer semq_state, or register the codec with semq_state.codecs.register",
         )
     return DECODERS[codec_id]
@@ -59,8 +60,9 @@ def preset(codec: str | AbstractCodec) -> AbstractCodec:
         return codec
     if codec not in PRESETS:
         raise UnknownCodecError(
-            f"codec={codec!r}",
+            "codec",
             expected=f"one of {', '.join(PRESETS)}, or a codec value",
+            found=f"{codec!r:.80}",
             do="choose one",
         )
     return PRESETS[codec]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ MANIFEST = "manifest"
 MAX_HEADER_BYTES = 16 << 20
 
 _WIDEST = 10**15  # offsets never get longer than this; it sets the space reserved for the header
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 @dataclass(frozen=True)
@@ -94,37 +98,42 @@ def read_header(read: Callable[[int, int], bytes], size: int, where: str) -> Hea
         raise refuse("a JSON object as header", type(parsed).__name__)
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise refuse("metadata of strings", repr(metadata)[:80])
+        raise refuse("metadata of strings", shown(metadata))
 
     data_start, at = 8 + n_header, 0
     entries = [_section(name, entry, refuse) for name, entry in parsed.items()]
     entries.sort(key=lambda section: (section.begin, section.end))
     for section in entries:
         if section.begin != at:
-            raise refuse(f"section {section.name!r} to begin at byte {at}", f"{section.begin}")
+            raise refuse(f"section {shown(section.name)} to begin at byte {at}", f"{section.begin}")
         if section.n_bytes != section.spec.n_bytes:
-            raise refuse(f"{section.spec.n_bytes} bytes in section {section.name!r}", f"{section.n_bytes}")
+            raise refuse(f"{section.spec.n_bytes} bytes in section {shown(section.name)}", f"{section.n_bytes}")
         at = section.end
     if data_start + at != size:
         raise refuse(f"a file of {data_start + at} bytes", f"{size}")
     return Header(metadata, {section.name: section for section in entries}, data_start)
 
 
+def shown(value: Any) -> str:
+    """An untrusted value in a message: short, printable, and safe to print however deep it is."""
+    return f"{_SHORT.repr(value):.120}"
+
+
 def _section(name: str, entry: Any, refuse: Callable[[str, str], FormatError]) -> Section:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise refuse(f"dtype, shape and data_offsets for section {name!r}", repr(entry)[:80])
+        raise refuse(f"dtype, shape and data_offsets for section {shown(name)}", shown(entry))
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
-        raise refuse(f"a known dtype in section {name!r}", repr(dtype)[:80])
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise refuse(f"a known dtype in section {shown(name)}", shown(dtype))
     if not _counts(shape) or len(shape) > 16 or math.prod(shape) > 1 << 62:
-        raise refuse(f"a shape in section {name!r}", repr(shape)[:80])
+        raise refuse(f"a shape in section {shown(name)}", shown(shape))
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise refuse(f"two offsets in section {name!r}", repr(offsets)[:80])
+        raise refuse(f"two offsets in section {shown(name)}", shown(offsets))
     return Section(name, TensorSpec(dtype, tuple(shape)), offsets[0], offsets[1])
 
 
 def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
+    return isinstance(value, list) and all(type(x) is int and 0 <= x < 1 << 63 for x in value)
 
 
 def _json(sections: Sequence[Section], metadata: Mapping[str, str]) -> bytes:

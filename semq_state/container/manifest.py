@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +11,14 @@ from typing import Any, TypeVar
 import msgpack
 
 from semq_state import content
-from semq_state.container.header import MANIFEST, Header
+from semq_state.container.header import MANIFEST, Header, shown
 from semq_state.content import DTYPES, TensorSpec
 from semq_state.errors import FormatError, IntegrityError
 
 FORMAT_VERSION = 1
+
+MAX_DEPTH = 64
+"""How deep tables and lists may stand in each other, so that no walk through them meets Python's own limit."""
 
 _T = TypeVar("_T")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
@@ -84,21 +88,21 @@ def read_manifest(data: bytes, header: Header, where: str) -> Manifest:
     """
     check = _Check(where)
     try:
-        raw = msgpack.unpackb(data, raw=False, strict_map_key=True, max_ext_len=0)
+        raw = _unpacked(data)
         canonical = content.pack(raw) == data
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise check.refused("a manifest in msgpack", f"{type(error).__name__}: {error}") from error
     fields = check.table(raw, "manifest")
     version = fields.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise check.refused(
             f"format version {FORMAT_VERSION}",
-            f"{version!r}",
+            shown(version),
             do="update semq_state to read this file",
         )
     expected = {"format_version", *Manifest.__dataclass_fields__}
     if fields.keys() != expected:
-        raise check.refused(f"the fields {sorted(expected)}", f"{sorted(fields)}")
+        raise check.refused(f"the fields {sorted(expected)}", shown(sorted(fields)))
     if not canonical:
         raise check.refused("canonical msgpack", "another encoding of the same values")
 
@@ -122,21 +126,49 @@ def read_manifest(data: bytes, header: Header, where: str) -> Manifest:
         {name: t.digests for name, t in tensors.items()},
     )
     if found != manifest.content_digest:
-        raise check.broken(f"content digest {manifest.content_digest}", found)
+        raise check.broken(f"content digest {shown(manifest.content_digest)}", found)
     return manifest
+
+
+def _unpacked(data: bytes) -> Any:
+    # A list takes memory as its length claims, before its items are read; skipping proves that they are there.
+    unpacker = msgpack.Unpacker(max_buffer_size=max(1, len(data)))
+    unpacker.feed(data)
+    unpacker.skip()
+    value = msgpack.unpackb(data, raw=False, strict_map_key=True, max_ext_len=0)
+    _check_plain(value, 0)
+    return value
+
+
+def _check_plain(value: Any, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if isinstance(value, dict):
+        if not all(type(key) is str for key in value):
+            raise ValueError("a key that is no text")
+        for item in value.values():
+            _check_plain(item, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_plain(item, depth + 1)
+    elif value is not None and type(value) not in (bool, int, float, str):
+        raise ValueError(f"a value of type {type(value).__name__}")
 
 
 def _tensor(name: str, entry: Mapping[str, Any], check: _Check) -> TensorEntry:
     if entry.keys() != {"dtype", "shape", "digests", "sections"}:
-        raise check.refused(f"dtype, shape, digests and sections for {name!r}", f"{sorted(entry)}")
-    shape = entry["shape"]
-    if entry["dtype"] not in DTYPES or not isinstance(shape, list) or len(shape) > 16:
-        raise check.refused(f"a dtype and a shape for {name!r}", f"{entry['dtype']!r}, {shape!r:.80}")
+        raise check.refused(f"dtype, shape, digests and sections for {shown(name)}", shown(sorted(entry)))
+    shape = check.items(entry["shape"], name)
+    if check.text(entry["dtype"], name) not in DTYPES or len(shape) > 16:
+        raise check.refused(f"a dtype and a shape for {shown(name)}", f"{shown(entry['dtype'])}, {shown(shape)}")
     spec = TensorSpec(entry["dtype"], tuple(check.count(size, name) for size in shape))
+    # Strides are products of all sizes but the zeros, whose overflow torch refuses in its own words.
+    if math.prod(max(size, 1) for size in shape) >= 1 << 48:
+        raise check.refused(f"a shape for {shown(name)}", shown(shape))
     sections = []
     for item in check.items(entry["sections"], name):
         if not isinstance(item, list) or len(item) != 5:
-            raise check.refused(f"five fields for a section of {name!r}", f"{item!r:.80}")
+            raise check.refused(f"five fields for a section of {shown(name)}", shown(item))
         sections.append(
             SectionEntry(
                 check.text(item[0], name),
@@ -149,10 +181,10 @@ def _tensor(name: str, entry: Mapping[str, Any], check: _Check) -> TensorEntry:
     digests = tuple(check.text(digest, name) for digest in check.items(entry["digests"], name))
     # The count is compared first: it is arithmetic, whereas a list of chunks takes memory as the shape claims.
     if len(digests) != spec.n_chunks or not all(_DIGEST.match(d) for d in digests):
-        raise check.refused(f"{spec.n_chunks} digests for {name!r}", f"{len(digests)}")
+        raise check.refused(f"{spec.n_chunks} digests for {shown(name)}", f"{len(digests)}")
     bounds = [(s.start, s.stop) for s in sections]
     if bounds not in (spec.chunks(), [(0, spec.n_tokens)]):
-        raise check.refused(f"sections that cover {name!r} of shape {spec.shape}", f"{bounds!r:.80}")
+        raise check.refused(f"sections that cover {shown(name)} of shape {spec.shape}", shown(bounds))
     return TensorEntry(spec, digests, tuple(sections))
 
 
@@ -163,19 +195,19 @@ def _hold_against_header(manifest: Manifest, header: Header, check: _Check) -> N
             used.append(entry.section)
             section = header.sections.get(entry.section)
             if section is None:
-                raise check.broken(f"section {entry.section!r} for {name!r}", "none")
+                raise check.broken(f"section {shown(entry.section)} for {shown(name)}", "none")
             spec = tensor.spec.chunk(entry.start, entry.stop)
             # A section is the tensor itself, readable by anyone, or a coded payload.
             if section.spec != spec and (section.spec.dtype, len(section.spec.shape)) != ("U8", 1):
-                raise check.broken(f"{spec} or coded bytes in {entry.section!r}", f"{section.spec}")
+                raise check.broken(f"{spec} or coded bytes in {shown(entry.section)}", f"{section.spec}")
     if sorted(used) != sorted(header.sections):
         raise check.broken(
             "every section named once by the manifest",
-            f"{sorted(set(header.sections) ^ set(used)) or 'one named twice'}",
+            shown(sorted(set(header.sections) ^ set(used)) or "one named twice"),
         )
     said = header.metadata.get("state_id")
     if said != manifest.state_id:
-        raise check.broken(f"state_id {manifest.state_id} in the header", f"{said}")
+        raise check.broken(f"state_id {shown(manifest.state_id)} in the header", shown(said))
 
 
 @dataclass(frozen=True)
@@ -211,10 +243,10 @@ class _Check:
 
     def count(self, value: Any, name: str) -> int:
         if type(value) is not int or not 0 <= value < 1 << 48:
-            raise self.refused(f"a size for {name!r}", f"{value!r:.80}")
+            raise self.refused(f"a size for {shown(name)}", shown(value))
         return value
 
     def _kind(self, value: Any, kind: type[_T], name: str, words: str) -> _T:
         if type(value) is not kind:
-            raise self.refused(f"{words} for {name!r}", f"{value!r:.80}")
+            raise self.refused(f"{words} for {shown(name)}", shown(value))
         return value
