@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any
 
 from semq_state.errors import Difference
@@ -80,10 +81,15 @@ def advice(expected: Provenance, found: Provenance) -> Iterator[Difference]:
 
 def plain(value: Any) -> Any:
     """`value` as None, bool, int, float, str, list and dict with sorted string keys, for files and comparison."""
-    if value is None or isinstance(value, (bool, int, str)):
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if value is None or isinstance(value, bool):
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else repr(value)
+        return float(value) if math.isfinite(value) else repr(float(value))
+    if isinstance(value, (int, str)):
+        # A subclass would have no place in a file.
+        return int(value) if isinstance(value, int) else str(value)
     if isinstance(value, Mapping):
         return {str(key): plain(value[key]) for key in sorted(value, key=str)}
     if isinstance(value, (list, tuple)):
