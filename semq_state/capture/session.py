@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from semq_state import files, stores
 from semq_state.codecs import AbstractCodec, preset
 from semq_state.errors import IncompleteStateError, SemqStateError
-from semq_state.fingerprint import WeightsMark, fingerprint, mark_weights
+from semq_state.fingerprint import MODES, WeightsMark, fingerprint, mark_weights
 from semq_state.generation.seams import base_model, replaced
 from semq_state.provenance import Provenance
 from semq_state.snapshot import Snapshot
@@ -38,6 +38,8 @@ class Capture:
     ) -> None:
         if every < 1:
             raise ValueError(f"`every` must be at least 1 token, got {every}")
+        if weights not in MODES:
+            raise ValueError(f"`weights` must be one of {MODES}, got {weights!r}")
         preset(codec)
         self._wrapper = model
         self._model = base_model(model)

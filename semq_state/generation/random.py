@@ -36,7 +36,7 @@ def restore_rng(state: Mapping[str, torch.Tensor]) -> None:
                 warnings.warn(
                     f"the random stream of {name} cannot go on, that device is not here: what is sampled next "
                     "will differ from the uninterrupted run",
-                    stacklevel=4,
+                    stacklevel=3,
                 )
         except (RuntimeError, TypeError, ValueError) as error:
             raise IncompleteStateError(

@@ -65,7 +65,7 @@ def check_model(
         warnings.warn(
             "the state was taken under other circumstances, the last bits of what comes next may differ: "
             + "; ".join(map(str, advised)),
-            stacklevel=4,
+            stacklevel=3,
         )
     return tuple(d for d in differences if d.name != "weights" or "weights" not in allow)
 
@@ -122,6 +122,8 @@ def check_state(snapshot: Snapshot, model: Any) -> None:
     require(mask is None or tuple(mask.shape) == (batch, n_all), "attention_mask", f"{(batch, n_all)}",
             None if mask is None else tuple(mask.shape))  # fmt: skip
     check_cache(snapshot.cache, batch, state.n_cached)
+    require(state.n_cached <= n_all, "n_cached", f"at most {n_all} tokens", state.n_cached)
+    require("cpu" in state.rng, "random state", "that of the CPU", ", ".join(state.rng) or None)
     require(state.n_cached < n_all or state.logits is not None or can_step_back(snapshot.cache), "logits",
             "those of the last token, which the cache cannot give back", None)  # fmt: skip
     _check_heads(snapshot, model, require)
