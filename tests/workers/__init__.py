@@ -1,0 +1,1 @@
+"""What the processes of `test_processes.py` do."""
