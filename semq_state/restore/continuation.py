@@ -7,9 +7,10 @@ the snapshot instead.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ class Continuation:
         warnings.warn(
             "the recorded generation had come to its end, nothing was generated: pass max_new_tokens= to go "
             "beyond its length, or append= for the next turn",
-            stacklevel=4,
+            stacklevel=3,
         )
         if kwargs.get("return_dict_in_generate", self._state.config.get("return_dict_in_generate")):
             return GenerateDecoderOnlyOutput(sequences=self._ids, past_key_values=self._cache)
@@ -177,10 +178,21 @@ class Continuation:
         model_kwargs: dict[str, Any],
         is_first_iteration: bool = True,
     ) -> Any:
+        with _tokens_fed(self._model) as fed:
+            outputs = self._next_step(input_ids, generation_config, model_kwargs, is_first_iteration)
+        self.reused_tokens = self._n_tokens - sum(fed)
+        return outputs
+
+    def _next_step(
+        self,
+        input_ids: torch.Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool,
+    ) -> Any:
         """The next step of the interrupted loop, called exactly as that loop would have called it."""
         n_cached = self._state.n_cached if self._cache is not None else 0
         n_fed = self._n_tokens - n_cached
-        self.reused_tokens = n_cached
         new_turn = self._append is not None
         if not new_turn:
             model_kwargs.update(self._inputs)
@@ -192,7 +204,7 @@ class Continuation:
             return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
         if n_fed == 0:
             self._cache.crop(-1)
-            n_fed, self.reused_tokens = 1, n_cached - 1
+            n_fed = 1
         if new_turn and self._ids.shape[1] == self._n_tokens:
             return self._originals[seams.PREFILL](
                 input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration
@@ -202,6 +214,24 @@ class Continuation:
                 input_ids, next_sequence_length=n_fed, is_first_iteration=new_turn, **model_kwargs
             )
             return self._model(**inputs, return_dict=True)
+
+
+@contextlib.contextmanager
+def _tokens_fed(model: Any) -> Iterator[list[int]]:
+    """How many tokens a row each forward pass is given: what a resume really costs, not what it promised."""
+    fed: list[int] = []
+
+    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs.get("inputs_embeds") if given is None else given
+        if given is not None:
+            fed.append(int(given.shape[1]))
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield fed
+    finally:
+        handle.remove()
 
 
 def _refuse_others(given: Mapping[str, Any], config: Any) -> None:

@@ -125,7 +125,6 @@ class Resumed:
         from semq_state.restore.continuation import Continuation
 
         continuation = Continuation(self.snapshot, self._inner, self._cache(), self._appended(append))
-        self._warn_if_recomputed()
         call = continuation.arguments(kwargs, self._tokenizer)
         if call is None:
             return continuation.nothing_left(kwargs)
@@ -137,6 +136,7 @@ class Resumed:
         with replaced(self._inner, continuation.replacements()):
             result = self._model.generate(**call)
         self._reused = continuation.reused_tokens
+        self._warn_if_recomputed()
         return result
 
     def fork(self, n: int, *, seeds: Sequence[int] | None = None) -> tuple[Resumed, ...]:
@@ -182,9 +182,13 @@ class Resumed:
         return ids.to(self._inner.device)
 
     def _warn_if_recomputed(self) -> None:
-        if not self.snapshot.generation.n_cached:
+        # The last token may never have been computed; in a loop of one's own, more of them.
+        state = self.snapshot.generation
+        promised = self.snapshot.n_tokens - 1 if state.config else min(state.n_cached, self.snapshot.n_tokens - 1)
+        if self.reused_tokens < promised:
             warnings.warn(
-                f"this snapshot holds no cache: all {self.snapshot.n_tokens} tokens will be computed again",
+                f"{self.snapshot.n_tokens - self.reused_tokens} of the snapshot's {self.snapshot.n_tokens} tokens "
+                "were computed again: it holds no cache for them",
                 stacklevel=3,
             )
 
