@@ -22,12 +22,14 @@ _MISSING = object()
 
 
 def base_model(model: Any) -> Any:
-    """The `PreTrainedModel` inside `model`: itself, or what an adapter wrapper holds.
+    """The `PreTrainedModel` inside `model`: itself, or what an adapter or `torch.compile` wraps.
 
     Raises:
         UnsupportedModelError: there is none that can generate.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # A compiled wrapper hands attributes through in one direction only; hooks set there would stay for ever.
+    inner = getattr(model, "_orig_mod", model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     lacking = [
         seam
         for seam in (LOGITS_PROCESSORS, STOPPING_CRITERIA, PREFILL, STEP_TAKEN, CANDIDATES)
