@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -158,6 +159,7 @@ RULES: dict[str, dict[str, Any]] = {
     "watermark": {"watermarking_config": WatermarkingConfig(bias=2.5, seeding_scheme="selfhash")},
     "synthid": {"watermarking_config": SynthIDTextWatermarkingConfig(keys=[65, 40, 9, 71], ngram_len=4)},
     "prefill_chunk_size": {"prefill_chunk_size": 5},
+    "cache_implementation": {"cache_implementation": "dynamic"},
     "output_hidden_states": {"output_hidden_states": True, "output_attentions": False},
 }
 
@@ -522,6 +524,36 @@ def test_the_model_is_left_as_it_was(model: Any, error: type[BaseException] | No
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
 
 
+def test_a_compiled_wrapper_is_left_as_it_was(model: Any, path: Path) -> None:
+    compiled, before = torch.compile(model, backend="eager"), dict(vars(model))
+    expected = model.generate(prompt(), **SHORT)
+    with sq.capture(compiled) as run:
+        assert torch.equal(compiled.generate(prompt(), **SHORT), expected)
+    assert vars(model) == before
+    longer = {**SHORT, "max_new_tokens": 30}
+    resumed = sq.restore(through_file(run.snapshot(), path), compiled)
+    assert torch.equal(resumed.generate(max_new_tokens=10), model.generate(prompt(), **longer))
+    assert vars(model) == before
+
+
+def test_inference_mode(model: Any, path: Path) -> None:
+    kwargs = {**padded(), **SAMPLED, **ENDLESS, "max_new_tokens": 40}
+    expected = uninterrupted(model, **kwargs)
+    with torch.inference_mode():
+        snapshot = interrupted(model, 9, **kwargs)
+    assert_same(sq.restore(snapshot, model).generate(), expected, 9)
+    snapshot = through_file(snapshot, path)
+    with torch.inference_mode():
+        assert_same(sq.restore(snapshot, model).generate(), expected, 9)
+
+
+def test_a_model_that_drops_out(path: Path) -> None:
+    model, kwargs = tiny_model("gpt2").train(), {"input_ids": prompt(), **GREEDY, **ENDLESS, "max_new_tokens": 40}
+    expected = uninterrupted(model, **kwargs)
+    assert not torch.equal(expected.sequences, uninterrupted(model, seed=2, **kwargs).sequences)
+    assert_same(sq.restore(through_file(interrupted(model, 9, **kwargs), path), model).generate(), expected, 9)
+
+
 def test_a_capture_is_entered_once_and_first(model: Any) -> None:
     run = sq.capture(model)
     with pytest.raises(sq.IncompleteStateError, match="was entered"):
@@ -631,6 +663,26 @@ def test_seeds_are_branches(model: Any, path: Path) -> None:
     by_hand = uninterrupted(model, seed=2, **resumed.inputs, **SAMPLED, **ENDLESS, max_new_tokens=31)
     assert torch.equal(by_hand.sequences, branches[1])
     assert torch.equal(resumed.generate().sequences, uninterrupted(model, **kwargs).sequences)
+
+
+def test_other_settings_are_a_branch(model: Any, path: Path) -> None:
+    kwargs = {"input_ids": prompt(), **SAMPLED, **ENDLESS, "max_new_tokens": 40}
+    resumed = sq.restore(through_file(interrupted(model, 9, **kwargs), path), model)
+    greedy = model.generate(**resumed.inputs, **SHORT)
+    config = GenerationConfig(**SHORT)
+    assert torch.equal(resumed.generate(generation_config=config), greedy)
+    assert config.max_new_tokens == 20
+    by_hand = uninterrupted(model, **resumed.inputs, **{**SAMPLED, "top_k": 3}, **ENDLESS, max_new_tokens=31)
+    assert torch.equal(resumed.generate(top_k=3, seed=1).sequences, by_hand.sequences)
+    assert len(resumed.generate(max_new_tokens=31, min_new_tokens=31, eos_token_id=[*range(3, 198)]).logits) == 31
+
+
+def test_the_models_defaults_of_today_do_not_matter(model: Any, path: Path) -> None:
+    kwargs = {"input_ids": prompt(), **SAMPLED, **ENDLESS, "max_new_tokens": 40}
+    expected = uninterrupted(model, **kwargs)
+    snapshot = through_file(interrupted(model, 9, **kwargs), path)
+    model.generation_config.suppress_tokens = list(range(3, 198))
+    assert_same(sq.restore(snapshot, model).generate(), expected, 9)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
