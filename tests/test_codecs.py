@@ -288,10 +288,21 @@ def test_wrong_parameters_are_refused(params: Mapping[str, Any]) -> None:
     assert len(str(refusal.value)) < 1000
 
 
-def test_long_parameters_make_a_short_message() -> None:
-    with pytest.raises(IntegrityError) as refusal:
-        decoded(Planes(), np.zeros(1, np.uint8), {"layout": "x" * 10**6, "planes": [0] * 10**6}, GOOD["coded"])
-    assert len(str(refusal.value)) < 1000
+def test_size_of_one_is_no_bool() -> None:
+    one = np.zeros(1, np.uint8)
+    with pytest.raises(IntegrityError):
+        decoded(Planes(), one, {"layout": "token", "planes": [["raw", True]]}, TensorSpec("U8", (1,)))
+
+
+@pytest.mark.parametrize("depth", [1, 5, 500])
+def test_long_parameters_make_a_short_message(depth: int) -> None:
+    nested: Any = "x" * 10**6
+    for _ in range(depth):
+        nested = [nested] * 10
+    for params in ({"layout": nested, "planes": nested}, {"layout": "token", "planes": [nested, nested]}):
+        with pytest.raises(IntegrityError) as refusal:
+            decoded(Planes(), np.zeros(1, np.uint8), params, GOOD["coded"])
+        assert len(str(refusal.value)) < 1000
 
 
 def test_raw_refuses_parameters() -> None:
