@@ -15,6 +15,7 @@ import torch
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -206,6 +207,29 @@ def test_a_cache_of_the_callers_own(kind: str, given: str, plain: bool, path: Pa
     resumed = sq.restore(through_file(snapshot, path), model)
     assert_same(resumed.generate(), expected, 10)
     assert resumed.reused_tokens == 20 + 9
+
+
+class Scaled(LlamaForCausalLM):
+    """A model with an argument of its own."""
+
+    def forward(self, *args: Any, scale: float = 1.0, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * scale
+        return out
+
+
+@pytest.mark.parametrize("name", ["position_ids", "token_type_ids", "scale"])
+def test_arguments_of_the_model(name: str, path: Path) -> None:
+    model, ids = tiny_model("gpt2" if name == "token_type_ids" else "llama"), prompt()
+    if name == "scale":
+        torch.manual_seed(0)
+        model = Scaled(TINY["llama"]()).eval()
+    value = {"position_ids": torch.arange(N_PROMPT)[None] * 5 + 3, "token_type_ids": ids - 50, "scale": 4.0}[name]
+    kwargs = {"input_ids": ids, **SAMPLED, **ENDLESS, "max_new_tokens": 40}
+    expected = uninterrupted(model, **kwargs, **{name: value})
+    assert not all(map(torch.equal, expected.logits, uninterrupted(model, **kwargs).logits))
+    snapshot = interrupted(model, 9, **kwargs, **{name: value})
+    assert_same(sq.restore(through_file(snapshot, path), model).generate(), expected, 9)
 
 
 @pytest.mark.parametrize("n_embeds", [1, 12])

@@ -51,7 +51,7 @@ def check_model(
             found=repr(expected.weights[:40]),
             do="pass allow=('weights',) to continue without knowing that this model made the state",
         )
-    found = fingerprint(model, tokenizer, weights="" if "weights" in allow else mode, adapters_of=wrapper or model)
+    found = fingerprint(model, tokenizer, weights="" if "weights" in allow else mode, adapters_of=wrapper)
     differences = tuple(identity_differences(expected, found))
     refused = [d for d in differences if d.name.partition(".")[0] not in allow]
     if refused:
