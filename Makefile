@@ -43,9 +43,9 @@ types: $(VENV)/.dev
 contracts: $(VENV)/.dev
 	$(BIN)/lint-imports
 
-# Fast tests first; those with the demo model after them.
+# Fast tests first, one process a core; those with the demo model after them, one with all cores.
 fast: $(VENV)/.dev
-	$(BIN)/pytest -q -m 'not smollm2'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -m 'not smollm2'
 
 slow: $(VENV)/.dev
 	$(BIN)/pytest -q -m smollm2
@@ -54,6 +54,7 @@ slow: $(VENV)/.dev
 TEXT ?= ../shared/data/wikitext2/test.txt
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.exact --text $(TEXT) --out benchmarks/results
+	$(BIN)/python -m benchmarks.include
 
 clean:
 	rm -rf $(VENV)

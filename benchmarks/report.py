@@ -58,8 +58,9 @@ def write(name: str, out: Path, tables: Mapping[str, Sequence[Row]], *, model: s
     rows = [{"table": title, **row} for title, table in tables.items() for row in table]
     about = {"machine": machine(), "versions": versions(), "model": model}
     (out / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    described = ", ".join(f"{value} {key}" if key == "cores" else str(value) for key, value in machine().items())
-    parts = [f"<!-- written by python -m benchmarks.{name} -->", f"Machine: {described} GiB.", notes]
+    units = {"cores": "cores", "memory_gib": "GiB"}
+    described = ", ".join(f"{value} {units.get(key, str())}".strip() for key, value in machine().items())
+    parts = [f"<!-- written by python -m benchmarks.{name} -->", f"Machine: {described}.", notes]
     for title, table in tables.items():
         parts += [f"**{title}**", tabulate(table, headers="keys", tablefmt="pipe", floatfmt=".4g")]
     (out / f"{name}.md").write_text("\n\n".join(parts) + "\n")

@@ -1,0 +1,38 @@
+"""What the documents quote is what the benchmarks wrote, and what they name is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks.include import DOCUMENTS, included
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_quoted_tables_are_the_benchmarks_own() -> None:
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        assert "<!-- begin benchmarks/results/" in text
+        assert included(text) == text, f"run python -m benchmarks.include for {document}"
+
+
+def test_every_table_has_its_rows_in_json() -> None:
+    for table in (ROOT / "benchmarks" / "results").glob("*.md"):
+        said = json.loads(table.with_suffix(".json").read_text())
+        assert said["rows"]
+        assert {"machine", "versions", "model"} <= said.keys()
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    for document in ROOT.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (ROOT / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_room_is_in_the_architecture() -> None:
+    rooms = {p.stem for p in (ROOT / "semq_state").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    for room in rooms - {"__init__", "__main__"}:
+        assert f"`{room}.py`" in text or f"`{room}/`" in text, room
