@@ -59,7 +59,7 @@ def write(name: str, out: Path, tables: Mapping[str, Sequence[Row]], *, model: s
     about = {"machine": machine(), "versions": versions(), "model": model}
     (out / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     units = {"cores": "cores", "memory_gib": "GiB"}
-    described = ", ".join(f"{value} {units.get(key, str())}".strip() for key, value in machine().items())
+    described = ", ".join(f"{value} {units.get(key, '')}".strip() for key, value in machine().items())
     parts = [f"<!-- written by python -m benchmarks.{name} -->", f"Machine: {described}.", notes]
     for title, table in tables.items():
         parts += [f"**{title}**", tabulate(table, headers="keys", tablefmt="pipe", floatfmt=".4g")]
