@@ -113,9 +113,21 @@ def raw_bytes(tensor: torch.Tensor) -> Bytes:
     """The canonical content: C-ordered little-endian bytes; no copy for a contiguous CPU tensor."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     data: Bytes = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
-    if sys.byteorder == "big":
-        data = data.reshape(-1, tensor.element_size())[:, ::-1].reshape(-1)
-    return data
+    return _in_our_order(data, tensor.element_size())
+
+
+def tensor_of(data: Bytes, spec: TensorSpec) -> torch.Tensor:
+    """The inverse of `raw_bytes`; no copy on a little-endian machine."""
+    if not spec.n_bytes:
+        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+    return torch.from_numpy(_in_our_order(data, spec.itemsize)).view(DTYPES[spec.dtype]).reshape(spec.shape)
+
+
+def _in_our_order(data: Bytes, itemsize: int) -> Bytes:
+    """Canonical bytes to this machine's, or back."""
+    if sys.byteorder == "little":
+        return data
+    return np.ascontiguousarray(data.reshape(-1, itemsize)[:, ::-1]).reshape(-1)
 
 
 def digest(data: Bytes) -> str:

@@ -192,10 +192,12 @@ def load(path: PathLike, *, progress: Progress | None = None) -> Snapshot:
         for job, data in _in_order(read, list(_jobs(manifest))):
             spec = specs[job.tensor]
             if (job.start, job.stop) == _bounds(spec):
-                tensors[job.tensor] = _tensor(data, spec)
+                tensors[job.tensor] = content.tensor_of(data, spec)
             else:
-                whole = tensors.setdefault(job.tensor, torch.empty(spec.shape, dtype=DTYPES[spec.dtype]))
-                content.chunk_of(whole, job.start, job.stop).copy_(_tensor(data, spec.chunk(job.start, job.stop)))
+                if job.tensor not in tensors:
+                    tensors[job.tensor] = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+                chunk = content.tensor_of(data, spec.chunk(job.start, job.stop))
+                content.chunk_of(tensors[job.tensor], job.start, job.stop).copy_(chunk)
             advance(len(data))
     return _assembled(manifest, tensors, str(path))
 
@@ -281,7 +283,7 @@ def _coded(
 def _chunk_digests(data: Bytes, spec: TensorSpec) -> tuple[str, ...]:
     if spec.n_chunks == 1:
         return (content.digest(data),)
-    return content.tensor_digests(_tensor(data, spec))
+    return content.tensor_digests(content.tensor_of(data, spec))
 
 
 def _read_section(file: LocalFile, header: container.Header, manifest: Manifest, job: _Job) -> Bytes:
@@ -490,13 +492,6 @@ def _failures(
         else:
             advance(result)
     return failures
-
-
-def _tensor(data: Bytes, spec: TensorSpec) -> torch.Tensor:
-    """Canonical bytes as a tensor, without a copy."""
-    if not spec.n_bytes:
-        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
-    return torch.from_numpy(data).view(DTYPES[spec.dtype]).reshape(spec.shape)
 
 
 def _in_order(work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[tuple[_T, _R]]:

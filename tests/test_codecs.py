@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
 from collections.abc import Mapping
 from typing import Any
@@ -63,6 +64,7 @@ def decoded(codec: AbstractCodec, payload: Bytes, params: Mapping[str, Any], spe
 def there_and_back(codec: AbstractCodec, tensor: torch.Tensor) -> None:
     payload, params, spec = encoded(codec, tensor)
     assert decoded(codec, payload, params, spec) == content.raw_bytes(tensor).tobytes()
+    assert codec.encode(content.raw_bytes(tensor), spec).n_bytes == len(payload)
     assert len(payload) * MAX_EXPANSION >= spec.n_bytes
     assert content.pack(params)
 
@@ -138,6 +140,25 @@ def test_canonical_bytes_are_little_endian_rows() -> None:
     tensor = torch.tensor([[1, 2], [-2, 0x1234]], dtype=torch.int16)
     assert content.raw_bytes(tensor).tobytes() == bytes.fromhex("0100 0200 feff 3412")
     assert content.raw_bytes(tensor.t()).tobytes() == bytes.fromhex("0100 feff 0200 3412")
+
+
+def test_canonical_bytes_are_little_endian_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.tensor([[1, 2], [-2, 0x1234]], dtype=torch.int16)
+    turned = content.raw_bytes(tensor.view(torch.uint8).flip(-1).view(torch.int16).flip(-1)).copy()
+    monkeypatch.setattr(sys, "byteorder", "big")
+    assert content.raw_bytes(tensor).tobytes() == turned.tobytes()
+    assert content.tensor_of(turned, content.spec_of(tensor)).equal(tensor)
+
+
+@each_dtype
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_tensor_of_canonical_bytes_is_the_tensor(dtype: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "byteorder", order)
+    for shape in SHAPES:
+        data = content.raw_bytes(random_bits(TensorSpec(dtype, shape)))
+        tensor = content.tensor_of(data.copy(), TensorSpec(dtype, shape))
+        assert content.spec_of(tensor) == TensorSpec(dtype, shape)
+        assert content.raw_bytes(tensor).tobytes() == data.tobytes()
 
 
 @each_planes

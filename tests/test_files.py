@@ -26,7 +26,7 @@ from semq_state.content import DTYPES, Bytes, TensorSpec
 from semq_state.errors import IncompleteStateError, IntegrityError, StoreError, UnknownCodecError
 from semq_state.provenance import Provenance
 from semq_state.snapshot import CacheState, GenerationState, LayerState, ProcessorState, Snapshot, assemble
-from semq_state.stores import LocalFile, atomic_write, check_writable
+from semq_state.stores import LocalFile, atomic_write, check_writable, local
 
 PRESETS = ["exact", "exact-max", "raw"]
 
@@ -140,6 +140,16 @@ def test_every_dtype_and_shape_comes_back(codec: str, dtype: str, path: Path) ->
     expected = replace(state(2), cache=CacheState("dynamic", layers))
     sq.save(expected, path, codec=codec, verify=False)
     assert_same(sq.load(path), expected)
+
+
+@each_preset
+def test_everything_comes_back_on_a_big_endian_machine(
+    codec: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "byteorder", "big")
+    monkeypatch.setattr(content, "CHUNK_BYTES", 1000)
+    sq.save(state(), path, codec=codec)
+    assert_same(sq.load(path), state())
 
 
 def test_least_state_comes_back(path: Path) -> None:
@@ -441,6 +451,23 @@ def test_interrupted_save_leaves_the_old_file(old: bytes, path: Path) -> None:
         sq.save(state(), path, progress=interrupt)
 
 
+def test_refusal_of_the_check_is_passed_on(old: bytes, path: Path) -> None:
+    refusal = StoreError("elsewhere")
+
+    def check(hidden: Path) -> None:
+        raise refusal
+
+    with pytest.raises(StoreError) as found, atomic_write(path, check=check):
+        pass
+    assert found.value is refusal
+
+
+def test_cores_are_counted_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert content.n_workers() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert content.n_workers() == os.cpu_count()
+
+
 class Forgetful(AbstractCodec):
     """Writes something else than it was given."""
 
@@ -602,6 +629,15 @@ def test_leftovers_are_removed_but_not_a_live_writers_file(tmp_path: Path) -> No
     assert all(file.exists() for file in others) and not any(file.exists() for file in dead)
 
 
+def test_systems_without_locks_keep_leftovers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "fcntl", None)
+    left = path.with_name(f".{path.name}.0.partial")
+    left.write_bytes(b"left")
+    sq.save(state(3), path)
+    assert_same(sq.load(path), state(3))
+    assert hidden(path.parent) == [left.name]
+
+
 def test_killed_writer_is_cleaned_up_after(path: Path) -> None:
     path.write_bytes(b"old")
     script = (
@@ -666,6 +702,10 @@ def test_missing_or_spare_tensor_is_named() -> None:
             assemble(whole.structure(), fewer, whole.provenance, {})
     with pytest.raises(IncompleteStateError, match=r"layers\.9\.keys"):
         assemble(whole.structure(), whole.tensors() | {"layers.9.keys": bits("U8", 1)}, whole.provenance, {})
+    spare = {f"layers.{i}.keys": bits("U8", 1) for i in range(9, 1000)}
+    with pytest.raises(IncompleteStateError) as refusal:
+        assemble(whole.structure(), whole.tensors() | spare, whole.provenance, {})
+    assert len(str(refusal.value)) < 1000
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(2, 2).to_sparse(), torch.zeros(2, dtype=torch.complex64)])
