@@ -141,6 +141,11 @@ def tensor_digests(tensor: torch.Tensor, name: str = "tensor") -> tuple[str, ...
     return tuple(digest(raw_bytes(chunk_of(tensor, start, stop))) for start, stop in bounds)
 
 
+def chunk_digests(data: Bytes, spec: TensorSpec) -> tuple[str, ...]:
+    """The same from canonical bytes, which may hold several chunks."""
+    return (digest(data),) if spec.n_chunks == 1 else tensor_digests(tensor_of(data, spec))
+
+
 def pack(value: Any) -> bytes:
     """Canonical msgpack: sorted string keys, shortest forms, no extension types."""
     packed = msgpack.packb(_sorted(value), use_bin_type=True, strict_types=True)

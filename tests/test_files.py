@@ -20,10 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import semq_state as sq
-from semq_state import codecs, content, files
+from semq_state import codecs, container, content
 from semq_state.codecs import AbstractCodec, Encoded
 from semq_state.content import DTYPES, Bytes, TensorSpec
 from semq_state.errors import IncompleteStateError, IntegrityError, StoreError, UnknownCodecError
+from semq_state.files import writing
 from semq_state.provenance import Provenance
 from semq_state.snapshot import CacheState, GenerationState, LayerState, ProcessorState, Snapshot, assemble
 from semq_state.stores import LocalFile, atomic_write, check_writable, local
@@ -295,7 +296,7 @@ def test_raw_file_is_plain_tensors(path: Path) -> None:
 def test_raw_tensors_are_aligned(path: Path) -> None:
     sq.save(state(), path, codec="raw")
     with LocalFile(path) as file:
-        header = files.container.read_header(file.read, file.size, str(path))
+        header = container.read_header(file.read, file.size, str(path))
     for section in header.sections.values():
         assert (header.data_start + section.begin) % section.spec.itemsize == 0
 
@@ -317,7 +318,7 @@ def test_inspect_tells_what_was_saved(path: Path) -> None:
 def test_inspect_reads_no_tensors(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = sq.save(state(), path)
     with LocalFile(path) as file:
-        header = files.container.read_header(file.read, file.size, str(path))
+        header = container.read_header(file.read, file.size, str(path))
     data = bytearray(path.read_bytes())
     for name, section in header.sections.items():
         if name != "manifest":
@@ -489,7 +490,7 @@ def test_wrongly_coded_file_is_never_seen(old: bytes, path: Path, monkeypatch: p
 def test_file_changed_while_it_is_written_is_never_seen(
     old: bytes, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compare = files._compare
+    compare = writing._compare
 
     def other(hidden: Path, *rest: Any) -> None:
         sq.save(state(4), hidden.with_suffix(".other"), verify=False)
@@ -497,7 +498,7 @@ def test_file_changed_while_it_is_written_is_never_seen(
         hidden.with_suffix(".other").unlink()
         compare(hidden, *rest)
 
-    monkeypatch.setattr(files, "_compare", other)
+    monkeypatch.setattr(writing, "_compare", other)
     with pytest.raises(IntegrityError, match="manifest just written"):
         sq.save(state(), path)
 

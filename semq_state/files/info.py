@@ -1,0 +1,63 @@
+"""What a file says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from semq_state import container
+from semq_state.container import Manifest
+
+
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """What a snapshot file says about itself, its tensors unread and so unproved.
+
+    Args:
+        path: the file.
+        n_bytes: its size.
+        raw_bytes: size of all its tensors before coding.
+        cache_bytes: size of its cache tensors before coding.
+        codec: the preset or codec that it was saved with.
+        manifest: everything else.
+    """
+
+    path: str
+    n_bytes: int
+    raw_bytes: int
+    cache_bytes: int
+    codec: str
+    manifest: Manifest
+
+    @property
+    def state_id(self) -> str:
+        return self.manifest.state_id
+
+    @property
+    def n_tokens(self) -> int:
+        return self.manifest.tensors["generation.input_ids"].spec.shape[-1]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        structure, tensors = self.manifest.structure, self.manifest.tensors
+        return {
+            "path": self.path,
+            "format_version": container.FORMAT_VERSION,
+            "writer": self.manifest.writer,
+            "codec": self.codec,
+            "state_id": self.state_id,
+            "content_digest": self.manifest.content_digest,
+            "batch_size": tensors["generation.input_ids"].spec.shape[0],
+            "n_tokens": self.n_tokens,
+            "prompt_length": structure["generation"]["prompt_length"],
+            "n_cached": structure["generation"]["n_cached"],
+            "n_layers": len(structure["cache"]["layers"]),
+            "cache_kind": structure["cache"]["kind"],
+            "families": sorted({layer["family"] for layer in structure["cache"]["layers"]}),
+            "n_bytes": self.n_bytes,
+            "raw_bytes": self.raw_bytes,
+            "cache_bytes": self.cache_bytes,
+            "ratio": round(self.raw_bytes / self.n_bytes, 4),
+            "provenance": dict(self.manifest.provenance),
+            "tensors": {name: {"dtype": t.spec.dtype, "shape": list(t.spec.shape)} for name, t in tensors.items()},
+        }

@@ -1,0 +1,142 @@
+"""`sq.load` and `sq.inspect`: a file to a snapshot, section by section, every digest compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from semq_state import codecs, container, content
+from semq_state.container import Manifest
+from semq_state.content import DTYPES, Bytes, TensorSpec
+from semq_state.errors import FormatError, IntegrityError, SemqStateError, UnknownCodecError
+from semq_state.files.info import SnapshotInfo
+from semq_state.files.opening import assembled, opened, section_in, told_from
+from semq_state.files.pipeline import Job, Progress, counter, in_order
+from semq_state.snapshot import Snapshot
+from semq_state.stores import LocalFile
+
+
+def load(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Snapshot:
+    """Reads a snapshot back, every digest checked.
+
+    Args:
+        path: a file that `save` wrote.
+        progress: called with the bytes done and the bytes in all.
+
+    Returns:
+        The snapshot, its tensors on the CPU.
+
+    Raises:
+        StoreError: there is no such file, or the disk failed.
+        FormatError: it is not a snapshot, or a newer one.
+        IntegrityError: it was damaged or changed.
+        IncompleteStateError: a tensor is missing.
+
+    Example:
+        >>> snapshot = sq.load("chat.safetensors")  # doctest: +SKIP
+    """
+    with LocalFile(path) as file:
+        header, manifest = opened(file)
+        specs = {name: entry.spec for name, entry in manifest.tensors.items()}
+        advance = counter(progress, sum(spec.n_bytes for spec in specs.values()))
+        tensors: dict[str, torch.Tensor] = {}
+        read = partial(read_section, file, header, manifest)
+        # Each tensor is made when its first section arrives; that all are there was checked.
+        for job, data in in_order(read, list(jobs(manifest))):
+            spec = specs[job.tensor]
+            if (job.start, job.stop) == bounds_of(spec):
+                tensors[job.tensor] = content.tensor_of(data, spec)
+            else:
+                if job.tensor not in tensors:
+                    tensors[job.tensor] = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+                chunk = content.tensor_of(data, spec.chunk(job.start, job.stop))
+                content.chunk_of(tensors[job.tensor], job.start, job.stop).copy_(chunk)
+            advance(len(data))
+    return assembled(manifest, tensors, str(path))
+
+
+def inspect(path: str | os.PathLike[str]) -> SnapshotInfo:
+    """What a file says about itself: header and manifest, no tensors. `verify` proves it.
+
+    Raises:
+        StoreError: there is no such file.
+        FormatError: it is not a snapshot, or a newer one.
+
+    Example:
+        >>> sq.inspect("chat.safetensors").n_tokens  # doctest: +SKIP
+    """
+    with LocalFile(path) as file:
+        _, manifest = opened(file)
+        sizes = {name: entry.spec.n_bytes for name, entry in manifest.tensors.items()}
+        cached = sum(n for name, n in sizes.items() if name.startswith("layers."))
+        return SnapshotInfo(str(path), file.size, sum(sizes.values()), cached, manifest.codec, manifest)
+
+
+def check_sections(
+    path: str | os.PathLike[str], *, progress: Progress | None = None
+) -> tuple[Manifest, dict[str, SemqStateError]]:
+    """Decodes every section and compares its digests, keeping none; returns what failed, by section.
+
+    Raises:
+        StoreError, FormatError, IncompleteStateError: header or manifest cannot be read at all.
+    """
+    with LocalFile(path) as file:
+        header, manifest = opened(file)
+        advance = counter(progress, sum(t.spec.n_bytes for t in manifest.tensors.values()))
+        return manifest, failures_of(file, header, manifest, advance)
+
+
+def failures_of(
+    file: LocalFile, header: container.Header, manifest: Manifest, advance: Callable[[int], None]
+) -> dict[str, SemqStateError]:
+    def tried(job: Job) -> int | SemqStateError:
+        try:
+            return len(read_section(file, header, manifest, job))
+        except (FormatError, UnknownCodecError) as error:
+            return error
+
+    failures: dict[str, SemqStateError] = {}
+    for job, result in in_order(tried, list(jobs(manifest))):
+        if isinstance(result, SemqStateError):
+            failures[job.section] = result
+        else:
+            advance(result)
+    return failures
+
+
+def bounds_of(spec: TensorSpec) -> tuple[int, int]:
+    return 0, spec.n_tokens
+
+
+def jobs(manifest: Manifest) -> Iterator[Job]:
+    for name, tensor in manifest.tensors.items():
+        for entry in tensor.sections:
+            yield Job(name, entry.section, entry.start, entry.stop)
+
+
+def read_section(file: LocalFile, header: container.Header, manifest: Manifest, job: Job) -> Bytes:
+    """The canonical bytes of one section, decoded, with their digests compared."""
+    tensor = manifest.tensors[job.tensor]
+    entry = next(s for s in tensor.sections if s.section == job.section)
+    spec, section = tensor.spec.chunk(job.start, job.stop), header.sections[job.section]
+    where = section_in(str(file.path), job.section)
+    payload = np.frombuffer(file.read(header.data_start + section.begin, section.n_bytes), np.uint8)
+    out = np.empty(spec.n_bytes, np.uint8)
+    with told_from(where):
+        codecs.decoder(entry.codec).decode(payload, entry.params, spec, out)
+    chunks = tensor.spec.chunks()
+    at = [i for i, (start, stop) in enumerate(chunks) if job.start <= start and stop <= job.stop]
+    expected = tuple(tensor.digests[i] for i in at)
+    wrong = [pair for pair in zip(expected, content.chunk_digests(out, spec), strict=True) if pair[0] != pair[1]]
+    if wrong:
+        raise IntegrityError(
+            where,
+            expected=wrong[0][0],
+            found=wrong[0][1],
+            do="the tensor was changed or damaged",
+        )
+    return out
