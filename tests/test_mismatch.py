@@ -205,6 +205,7 @@ def test_an_adapter(model: Any, path: Path) -> None:
     assert names(refused(plain, adapted)) == {"weights", "adapters.default"}
     expected = adapted.generate(prompt(), **{**SHORT, "max_new_tokens": 30})
     snapshot = a_snapshot(adapted)
+    assert snapshot.provenance.adapters["default"]["peft_type"] == "LORA"
     sq.save(snapshot, path)
     assert torch.equal(sq.restore(sq.load(path), adapted).generate(max_new_tokens=21), expected)
     assert names(refused(snapshot, model)) == {"weights", "adapters.default"}
@@ -441,7 +442,7 @@ def test_caches_that_cannot_be_kept(model: Any, make: Callable[[Any], Any], name
 )
 def test_a_run_with_such_a_cache_goes_on(model: Any, make: Callable[[Any], Any], name: str) -> None:
     expected = model.generate(prompt(), **SHORT, past_key_values=make(model))
-    with sq.capture(model) as run:
+    with pytest.warns(UserWarning, match="cannot be kept"), sq.capture(model) as run:
         assert torch.equal(model.generate(prompt(), **SHORT, past_key_values=make(model)), expected)
     with pytest.raises(sq.UnsupportedModelError, match=name):
         run.snapshot()
@@ -505,6 +506,15 @@ def test_a_remembered_digest_is_not_used_for_other_weights(
     after = fingerprint.weights_digest(model, mode)
     assert after != before
     assert after == fingerprint.weights_digest(copy.deepcopy(model), mode)
+
+
+def test_a_parameter_that_differs_in_one_value_is_another(model: Any) -> None:
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    before, weight = fingerprint.weights_digest(model), model.lm_head.weight.detach()
+    at = torch.zeros_like(weight, dtype=torch.bool)
+    at[100, 3] = True
+    model.lm_head.weight = torch.nn.Parameter(torch.where(at, 9.0, weight))
+    assert fingerprint.weights_digest(model) != before
 
 
 def test_sampled_digests(model: Any) -> None:

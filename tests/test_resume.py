@@ -655,6 +655,10 @@ def test_an_end_token_is_the_end(model: Any) -> None:
     assert ids.shape[1] < N_PROMPT + 60
     with pytest.warns(UserWarning, match="had come to its end"):
         assert torch.equal(sq.restore(run.snapshot(), model).generate(max_new_tokens=9), ids)
+    turn = torch.tensor([[70, 71]])
+    kwargs["input_ids"] = torch.cat([ids, turn], dim=-1)
+    expected = model.generate(**kwargs, eos_token_id=end)
+    assert torch.equal(sq.restore(run.snapshot(), model).generate(append=turn), expected)
 
 
 class StopRows(StoppingCriteria):
@@ -963,10 +967,11 @@ def test_what_cannot_be_kept_is_refused_and_still_works(model: Any, what: str, p
     if what == "assisted":
         kwargs["assistant_model"].generation_config.eos_token_id = None
     expected = model.generate(**kwargs)
-    with sq.capture(model) as run:
+    with pytest.warns(UserWarning, match="cannot be kept") as told, sq.capture(model) as run:
         assert torch.equal(model.generate(**kwargs), expected)
         with pytest.raises(sq.UnsupportedOperationError):
             run.snapshot()
+    assert len(told) == 1
     with pytest.raises(sq.UnsupportedOperationError, match=r"assisted|num_beams|Guidance"):
         run.snapshot()
     assert not path.exists()
@@ -974,14 +979,14 @@ def test_what_cannot_be_kept_is_refused_and_still_works(model: Any, what: str, p
 
 def test_a_model_that_assists_itself_is_refused(model: Any) -> None:
     model.generation_config.eos_token_id = None
-    with sq.capture(model) as run:
+    with pytest.warns(UserWarning, match="cannot be kept"), sq.capture(model) as run:
         model.generate(prompt(), **GREEDY, pad_token_id=0, max_new_tokens=20, assistant_model=model)
     with pytest.raises(sq.UnsupportedOperationError, match="assisted"):
         run.snapshot()
 
 
 def test_a_refused_run_does_not_hide_the_next(model: Any) -> None:
-    with sq.capture(model) as run:
+    with pytest.warns(UserWarning, match="cannot be kept"), sq.capture(model) as run:
         model.generate(prompt(), **GREEDY, **ENDLESS, max_new_tokens=5, num_beams=2)
         ids = model.generate(prompt(), **GREEDY, **ENDLESS, max_new_tokens=5)
     assert torch.equal(run.snapshot().generation.input_ids, ids)

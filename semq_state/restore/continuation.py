@@ -77,7 +77,6 @@ class Continuation:
         if append is not None:
             self._ids = torch.cat([self._ids, append], dim=-1)
             self._n_tokens += append.shape[1]
-            self._finished = torch.zeros_like(self._finished)
         self._originals = {
             name: getattr(model, name) for name in (seams.LOGITS_PROCESSORS, seams.STOPPING_CRITERIA, seams.PREFILL)
         }
