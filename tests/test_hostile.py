@@ -391,6 +391,7 @@ def moved(by: tuple[int, int], name: str = "layers.0.values") -> Change:
 HEADER_LIES: dict[str, Change] = {
     "overlap": moved((-4, -4)),
     "overlap by one": moved((-1, 0)),
+    "overlap that adds up": both(moved((-1, 0)), lambda h: h["layers.0.values"].update(shape=[9])),
     "gap": moved((1, 0)),
     "shorter": moved((0, -1)),
     "longer": moved((0, 1)),

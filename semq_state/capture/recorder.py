@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,12 +67,14 @@ class Recorder:
     Args:
         model: the `PreTrainedModel` to follow.
         on_step: called after each finished token.
+        tells: warn when a run cannot be kept; not where `on_step` finds that out itself.
     """
 
-    def __init__(self, model: Any, on_step: Callable[[], None]) -> None:
+    def __init__(self, model: Any, on_step: Callable[[], None], *, tells: bool = True) -> None:
         self.last: Step | None = None
         self._model = model
         self._on_step = on_step
+        self._tells = tells
         self._call = _Call()
         self._originals = {name: getattr(model, name) for name in self._names()}
 
@@ -116,21 +119,28 @@ class Recorder:
         return updated
 
     def _candidates(self, *args: Any, **kwargs: Any) -> Any:
-        self._call.refused = UnsupportedOperationError(
-            "assisted generation",
-            expected="one token a step",
-            found="an assistant or prompt look-up",
-            do="generate without it; its candidates cannot be kept yet",
+        self._refuse(
+            UnsupportedOperationError(
+                "assisted generation",
+                expected="one token a step",
+                found="an assistant or prompt look-up",
+                do="generate without it; its candidates cannot be kept yet",
+            )
         )
         return self._originals[seams.CANDIDATES](*args, **kwargs)
+
+    def _refuse(self, error: SemqStateError) -> None:
+        # The caller's generation goes on; it is told now, while that still helps, and `snapshot` refuses.
+        self._call.refused = error
+        if self._tells:
+            warnings.warn(f"this run cannot be kept, it goes on all the same: {error}", stacklevel=2)
 
     def _finished_token(self, input_ids: torch.Tensor, ended: torch.Tensor) -> None:
         if not self._call.refused:
             try:
                 self.last = self._step(self._call, input_ids, ended)
             except SemqStateError as error:
-                # The caller's generation goes on; `snapshot` tells.
-                self._call.refused = error
+                self._refuse(error)
         self._on_step()
 
     def _step(self, call: _Call, input_ids: torch.Tensor, ended: torch.Tensor) -> Step:

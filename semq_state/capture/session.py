@@ -64,7 +64,7 @@ class Capture:
         from semq_state.capture.recorder import Recorder
 
         self._mark = mark_weights(self._model)
-        self._recorder = Recorder(self._model, self._on_step)
+        self._recorder = Recorder(self._model, self._on_step, tells=self._autosave is None)
         self._stack.enter_context(replaced(self._model, self._recorder.replacements()))
         return self
 
