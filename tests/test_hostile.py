@@ -426,6 +426,13 @@ HEADER_LIES: dict[str, Change] = {
     "overflowing shape": field("layers.0.keys", "shape", [1 << 32, 1 << 32]),
     "overflowing shape of nothing": field("layers.0.keys", "shape", [1 << 63, 1 << 63, 0]),
     "many dimensions": field("layers.0.keys", "shape", [1] * 10_000),
+    "negative shape that adds up": field("layers.0.values", "shape", [-1, -8]),
+    "float shape that adds up": field("layers.0.values", "shape", [8.0]),
+    "bool shape that adds up": field("layers.0.values", "shape", [True, 8]),
+    "many dimensions that add up": field("layers.0.values", "shape", [8] + [1] * 16),
+    "float offsets that add up": lambda h: h["layers.0.values"].update(
+        data_offsets=[float(at) for at in h["layers.0.values"]["data_offsets"]]
+    ),
     "long shape": field("layers.0.keys", "shape", [10**900] * 16),
     "nested shape": field("layers.0.keys", "shape", [[8]]),
     "section a list": put("layers.0.keys", value=[]),
@@ -456,6 +463,16 @@ def test_lying_header_is_refused(name: str, good: dict[str, bytes], path: Path) 
     HEADER_LIES[name](header)
     lie = with_header(json.dumps(header).encode(), data[8 + int.from_bytes(data[:8], "little") :])
     assert_refused(path, lie, HEADER_KINDS.get(name, FormatError))
+
+
+def test_section_named_twice_is_refused(good: dict[str, bytes], path: Path) -> None:
+    data = good["exact"]
+    n_header = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + n_header].decode()
+    entry = json.dumps(header_of(data)["layers.0.values"])
+    twice = text.rstrip()[:-1] + f',"layers.0.values":{entry}}}'
+    assert json.loads(twice) == json.loads(text)
+    assert_refused(path, with_header(twice.encode(), data[8 + n_header :]), FormatError)
 
 
 @pytest.mark.parametrize("name", ["state_id", "gone"])
@@ -525,7 +542,7 @@ def test_header_over_the_limit_is_refused_unread(path: Path) -> None:
 
 def test_safetensors_refuses_the_same_headers(good: dict[str, bytes], path: Path) -> None:
     ours = {"more besides", "section besides", "long name", "manifest gone", "long metadata", "metadata none"}
-    ours |= {"metadata gone", "no format", "another format"}
+    ours |= {"metadata gone", "no format", "another format", "many dimensions that add up"}
     data = good["exact"]
     for name, change in HEADER_LIES.items():
         header = header_of(data)
@@ -592,6 +609,7 @@ MANIFEST_LIES: dict[str, tuple[type[SemqStateError], Change]] = {
     "shape a number": (FormatError, put(*KEYS, "shape", value=8)),
     "shape none": (FormatError, put(*KEYS, "shape", value=None)),
     "negative shape": (FormatError, shape(1, 1, -40, 4)),
+    "two negative sizes": (FormatError, shape(-1, -1, 40, 4)),
     "float shape": (FormatError, shape(1, 1, 40.0, 4)),
     "bool shape": (FormatError, shape(True, True, 40, 4)),
     "absurdly many tokens": (FormatError, shape(1, 1, 1 << 60, 4)),
@@ -712,6 +730,7 @@ STRUCTURE_LIES: dict[str, Change] = {
     "inputs none": put(*STATE, "inputs", value=None),
     "values a list": put(*STATE, "values", value=[]),
     "values none": put(*STATE, "values", value=None),
+    "values of bytes": put(*STATE, "values", "more", value=b"x"),
     "rng text": put(*STATE, "rng", value="cpu"),
     "config none": put(*STATE, "config", value=None),
     "config a list": put(*STATE, "config", value=[["top_k", 5]]),
