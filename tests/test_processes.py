@@ -76,8 +76,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("every", "n_kills"), [(1, 14), (4, 8), (20, 5)])
-def test_a_killed_run_goes_on(every: int, n_kills: int, reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("every", "n_kills", "n_states"), [(1, 14, 4), (4, 8, 2), (20, 5, 1)])
+def test_a_killed_run_goes_on(every: int, n_kills: int, n_states: int, reference: Path, tmp_path: Path) -> None:
     path, chance, seen, n_partial = tmp_path / "state.safetensors", random.Random(every), set(), 0
     whole = duration(path, every)
     for kill in range(n_kills):
@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on(every: int, n_kills: int, reference: Path, tmp_pat
         time.sleep(chance.uniform(0, whole))
         process.kill()
         process.join(60)
-        assert process.exitcode == (0 if is_done(pipe) else -signal.SIGKILL)
+        assert process.exitcode == -signal.SIGKILL or is_done(pipe)
         left = list(tmp_path.glob(".*.partial"))
         n_partial += len(left)
         assert len(left) <= 1
@@ -98,7 +98,7 @@ def test_a_killed_run_goes_on(every: int, n_kills: int, reference: Path, tmp_pat
             out = tmp_path / f"{kill}.outcome"
             finish(tiny.resumed, path, out)
             assert_same(out, reference)
-    assert len(seen) > 2
+    assert len(seen) >= n_states
     assert every > 1 or n_partial
 
 
@@ -112,7 +112,7 @@ def test_a_run_that_is_killed_again_and_again_comes_to_its_end(reference: Path, 
         process.join(60)
         lengths.append(sq.inspect(path).n_tokens if path.exists() else 0)
         assert len(list(tmp_path.glob(".*.partial"))) <= 1
-    assert lengths == sorted(lengths) and len(set(lengths)) > 2
+    assert lengths == sorted(lengths) and len(set(lengths)) > 1
     process, pipe = start(tiny.going_on, path, 1)
     assert pipe.poll(60) and pipe.recv() == "done"
     process.join(60)
@@ -120,20 +120,21 @@ def test_a_run_that_is_killed_again_and_again_comes_to_its_end(reference: Path, 
     assert not list(tmp_path.glob(".*.partial"))
 
 
-@pytest.mark.parametrize("moment", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("n_tokens", [2, 15, 40])
 def test_an_interrupt_from_the_keyboard_saves_the_last_token(
-    moment: float, reference: Path, tmp_path: Path
+    n_tokens: int, reference: Path, tmp_path: Path
 ) -> None:
     path, counted, out = tmp_path / "state.safetensors", tmp_path / "n", tmp_path / "outcome"
-    whole = duration(path, 1000)
+    counted.touch()
     process, pipe = start(tiny.autosaving, path, 1000, counted)
-    time.sleep(moment * whole)
+    while int(counted.read_text() or 0) < n_tokens:
+        time.sleep(0.001)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
     assert process.exitcode == 1 and not is_done(pipe)
     n = sq.load(path).n_new_tokens
-    assert 1 < n < tiny.N_TOKENS and n - int(counted.read_text()) in (0, 1)
+    assert n_tokens <= n < tiny.N_TOKENS and n - int(counted.read_text()) in (0, 1)
     finish(tiny.resumed, path, out)
     assert_same(out, reference)
 
