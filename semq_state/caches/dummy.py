@@ -16,7 +16,7 @@ class Dummy(AbstractFamily):
     """Nothing, on purpose: it keeps the layers' numbering."""
 
     id: ClassVar[str] = "dummy"
-    layer_type: ClassVar[type] = DummyLayer
+    layer_type: ClassVar[type | str] = DummyLayer
     names: ClassVar[tuple[str, ...]] = ()
 
     def mark(self, layer: Any) -> Mark:
@@ -25,8 +25,10 @@ class Dummy(AbstractFamily):
     def dump(self, layer: Any, mark: Mark) -> LayerState:
         return LayerState(self.id, {})
 
-    def rebuild(self, state: LayerState, device: torch.device) -> Any:
+    def empty(self, state: LayerState) -> Any:
         return DummyLayer()
+
+    def fill(self, layer: Any, state: LayerState, device: torch.device) -> None: ...
 
     def n_cached(self, state: LayerState) -> int | None:
         return None

@@ -7,9 +7,8 @@ from typing import Any, ClassVar, final
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from semq_state.caches.base import AbstractFamily, Mark
+from semq_state.caches.base import AbstractFamily, Mark, require_length
 from semq_state.caches.dynamic import fill
-from semq_state.errors import IncompleteStateError
 from semq_state.snapshot import LayerState
 
 
@@ -18,8 +17,9 @@ class Sliding(AbstractFamily):
     """The tokens within a sliding window or attention chunk."""
 
     id: ClassVar[str] = "sliding"
-    layer_type: ClassVar[type] = DynamicSlidingWindowLayer
+    layer_type: ClassVar[type | str] = DynamicSlidingWindowLayer
     names: ClassVar[tuple[str, ...]] = ("keys", "values")
+    counts: ClassVar[dict[str, int]] = {"window": 2, "n_seen": 0}
 
     def mark(self, layer: Any) -> Mark:
         # Past its window the layer drops tokens, so a later length could not bring them back; it replaces
@@ -42,31 +42,19 @@ class Sliding(AbstractFamily):
             meta,
         )
 
-    def rebuild(self, state: LayerState, device: torch.device) -> Any:
-        layer = DynamicSlidingWindowLayer(sliding_window=state.meta["window"])
+    def empty(self, state: LayerState) -> Any:
+        return DynamicSlidingWindowLayer(sliding_window=state.meta["window"])
+
+    def fill(self, layer: Any, state: LayerState, device: torch.device) -> None:
         fill(layer, state, device)
         layer.cumulative_length = state.meta["n_seen"]
-        return layer
 
     def n_cached(self, state: LayerState) -> int | None:
         return int(state.meta["n_seen"]) if state.tensors else None
 
-    def can_step_back(self, state: LayerState) -> bool:
-        # A full window has dropped the token that would come back in.
-        return int(state.meta["n_seen"]) < int(state.meta["window"])
-
     def check(self, state: LayerState, batch_size: int, where: str) -> None:
         super().check(state, batch_size, where)
-        window, n_seen = state.meta.get("window"), state.meta.get("n_seen")
-        if type(window) is not int or type(n_seen) is not int or window < 2 or n_seen < 0:
-            raise IncompleteStateError(
-                where, expected="a window and a count of tokens", found=f"{window!r}, {n_seen!r}"
-            )
         for name, tensor in state.tensors.items():
-            if tensor.shape[-2] != min(n_seen, window - 1):
-                raise IncompleteStateError(
-                    f"{where}, {name}",
-                    expected=f"{min(n_seen, window - 1)} tokens of a window of {window} after {n_seen}",
-                    found=str(tensor.shape[-2]),
-                    do="the file was put together wrongly; take the snapshot again",
-                )
+            if name in self.names:
+                kept = min(state.meta["n_seen"], state.meta["window"] - 1)
+                require_length(tensor, -2, kept, f"{where}, {name} of a window of {state.meta['window']}")

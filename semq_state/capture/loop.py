@@ -57,8 +57,10 @@ def snapshot_of(
     inner = base_model(model)
     if input_ids.ndim != 2:
         raise IncompleteStateError("input_ids", expected="(batch, seq)", found=str(tuple(input_ids.shape)))
-    cache = dump_cache(mark_cache(past_key_values))
-    cached, n_tokens = n_cached(cache), int(input_ids.shape[1])
+    cache = dump_cache(mark_cache(past_key_values, inner.config.model_type))
+    counted, n_tokens = n_cached(cache), int(input_ids.shape[1])
+    # Recurrent states do not count; without logits the last token is one that they have not seen.
+    cached = n_tokens - (logits is None) if counted is None else counted
     check_cache(cache, int(input_ids.shape[0]), cached)
     if cached > n_tokens:
         raise IncompleteStateError(
@@ -67,7 +69,7 @@ def snapshot_of(
             found=f"{n_tokens}",
             do="pass the whole sequence, prompt included",
         )
-    if cached == n_tokens and logits is None and not can_step_back(cache):
+    if cached == n_tokens and logits is None and not can_step_back(cache, cached):
         raise IncompleteStateError(
             "logits",
             expected="those of the last token, which a full sliding window cannot give back",

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.generation.utils import ALL_CACHE_NAMES, MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from semq_state.caches import CacheMark, dump_cache, mark_cache, n_cached
+from semq_state.caches import CacheMark, dump_cache, is_cache, mark_cache, n_cached
+from semq_state.capture.beams import BeamWatch
 from semq_state.errors import IncompleteStateError, SemqStateError, UnsupportedOperationError
 from semq_state.generation import seams
+from semq_state.generation.attributes import AttributeWatch
+from semq_state.generation.companions import (
+    ASSISTANT,
+    GUIDANCE,
+    assistant_cache,
+    check_candidates,
+    dump_candidates,
+    guidance_of,
+    settle_assistant,
+)
 from semq_state.generation.processors import Watch, dump_processors
 from semq_state.generation.random import dump_rng
 from semq_state.generation.rows import FollowedCriteria
-from semq_state.generation.settings import check_config, dump_config
-from semq_state.provenance import Provenance, plain
-from semq_state.snapshot import GenerationState, ProcessorState, Snapshot
+from semq_state.generation.settings import dump_config, encoder_tokens_matter
+from semq_state.generation.trees import take_apart
+from semq_state.provenance import Provenance
+from semq_state.snapshot import Checkpoint, GenerationState, ProcessorState, Snapshot
+from semq_state.snapshot.generation import CACHE_ARGUMENT
 
-# The prompt's own inputs, which the first forward pass has used up, and what `stop_strings` reads.
-_NOT_KEPT = {"inputs_embeds", *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, "tokenizer"}
+# What the first forward pass has used up, and what `stop_strings` reads.
+_USED_UP = {"inputs_embeds", *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL}
+_NEVER_KEPT = {"tokenizer", "assistant_tokenizer"}
 
 
 @dataclass(frozen=True)
@@ -31,11 +45,15 @@ class Step:
     call: _Call
     input_ids: torch.Tensor
     finished: torch.Tensor
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     inputs: Mapping[str, Any]
+    cache_argument: str
     cache: CacheMark
     rng: Mapping[str, torch.Tensor]
     processors: tuple[ProcessorState, ...]
+    search: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    companions: Mapping[str, CacheMark] = field(default_factory=dict)
+    attributes: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class _Call:
@@ -48,17 +66,32 @@ class _Call:
         self.logits_processors: list[Any] = []
         self.stopping_criteria: list[Any] = []
         self.given: list[Any] = []
+        self.encoder_tokens: torch.Tensor | None = None
+        self.candidates: Any = None
         self.watch = Watch(())
-        self.pending: tuple[torch.Tensor, Mapping[str, Any]] | None = None
+        self.pending: tuple[torch.Tensor | None, dict[str, Any]] | None = None
+        self.checkpoints: list[Checkpoint] = []
 
     def begin(self) -> None:
         self.watch = Watch([*self.logits_processors, *self.stopping_criteria])
 
     def processor_states(self) -> tuple[ProcessorState, ...]:
-        return (
+        states = [
             *dump_processors("logits", self.logits_processors, self.given),
             *dump_processors("stopping", self.stopping_criteria, self.given),
-        )
+        ]
+        if self.candidates is not None:
+            states.append(dump_candidates(self.candidates))
+        return tuple(states)
+
+    def companions(self, input_ids: torch.Tensor) -> dict[str, CacheMark]:
+        settle_assistant(self.candidates, input_ids)
+        guidance = guidance_of(self.logits_processors)
+        caches = {
+            GUIDANCE: guidance.unconditional_context["past_key_values"] if guidance is not None else None,
+            ASSISTANT: assistant_cache(self.candidates),
+        }
+        return {name: mark_cache(cache) for name, cache in caches.items() if cache is not None}
 
 
 class Recorder:
@@ -68,37 +101,56 @@ class Recorder:
         model: the `PreTrainedModel` to follow.
         on_step: called after each finished token.
         tells: warn when a run cannot be kept; not where `on_step` finds that out itself.
+        wants_checkpoint: whether to keep what a later `crop` to this many tokens will need.
     """
 
-    def __init__(self, model: Any, on_step: Callable[[], None], *, tells: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        on_step: Callable[[], None],
+        *,
+        tells: bool = True,
+        wants_checkpoint: Callable[[int], bool] = lambda n_tokens: False,
+    ) -> None:
         self.last: Step | None = None
         self._model = model
         self._on_step = on_step
         self._tells = tells
+        self._wants_checkpoint = wants_checkpoint
         self._call = _Call()
-        self._originals = {name: getattr(model, name) for name in self._names()}
+        self._attributes = AttributeWatch(model)
+        self._beams = BeamWatch({}, self._finished_beams)
+        self._originals = {name: getattr(model, name) for name in self.replacements()}
+        self._beams = BeamWatch(self._originals, self._finished_beams)
+
+    @property
+    def refused(self) -> SemqStateError | None:
+        """Why the run cannot be kept, if so."""
+        return self._call.refused
 
     def replacements(self) -> dict[str, Callable[..., Any]]:
         """What to put in front of the model's own methods."""
-        return self._names()
-
-    def _names(self) -> dict[str, Callable[..., Any]]:
         return {
             seams.LOGITS_PROCESSORS: self._logits_processors,
             seams.STOPPING_CRITERIA: self._stopping_criteria,
             seams.STEP_TAKEN: self._step_taken,
             seams.CANDIDATES: self._candidates,
+            **self._beams.replacements(),
         }
 
     def _logits_processors(self, **kwargs: Any) -> Any:
         processors = self._originals[seams.LOGITS_PROCESSORS](**kwargs)
-        if kwargs["generation_config"].is_assistant:
+        config = kwargs["generation_config"]
+        if config.is_assistant:
             return processors
         self._call = _Call()
+        self._attributes.begin()
         self._call.prompt_length = int(kwargs["input_ids_seq_length"])
-        self._call.config = kwargs["generation_config"]
+        self._call.config = config
         self._call.logits_processors = list(processors)
         self._call.given = list(kwargs.get("logits_processor") or ())
+        if self._model.config.is_encoder_decoder and encoder_tokens_matter(config):
+            self._call.encoder_tokens = kwargs["encoder_input_ids"]
         return processors
 
     def _stopping_criteria(self, **kwargs: Any) -> Any:
@@ -112,22 +164,22 @@ class Recorder:
 
     def _step_taken(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         updated = self._originals[seams.STEP_TAKEN](outputs, model_kwargs, *args, **kwargs)
-        logits = outputs.logits
-        # A prefill may give the logits of every token; a view of the last would keep them all alive.
-        last = logits[:, -1] if logits.shape[1] == 1 else logits[:, -1].clone()
-        self._call.pending = last, dict(updated)
+        last = None
+        if self._call.candidates is None:
+            logits = outputs.logits
+            # A prefill may give the logits of every token; a view of the last would keep them all alive.
+            last = logits[:, -1] if logits.shape[1] == 1 else logits[:, -1].clone()
+        self._call.pending = last, updated
         return updated
 
     def _candidates(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse(
-            UnsupportedOperationError(
-                "assisted generation",
-                expected="one token a step",
-                found="an assistant or prompt look-up",
-                do="generate without it; its candidates cannot be kept yet",
-            )
-        )
-        return self._originals[seams.CANDIDATES](*args, **kwargs)
+        generator = self._originals[seams.CANDIDATES](*args, **kwargs)
+        try:
+            check_candidates(generator)
+        except SemqStateError as error:
+            self._refuse(error)
+        self._call.candidates = generator
+        return generator
 
     def _refuse(self, error: SemqStateError) -> None:
         # The caller's generation goes on; it is told now, while that still helps, and `snapshot` refuses.
@@ -136,15 +188,31 @@ class Recorder:
             warnings.warn(f"this run cannot be kept, it goes on all the same: {error}", stacklevel=2)
 
     def _finished_token(self, input_ids: torch.Tensor, ended: torch.Tensor) -> None:
+        # A beam search asks its criteria about candidates; its turns end elsewhere.
+        if (self._call.config.num_beams or 1) == 1:
+            self._finish(input_ids, ended)
+
+    def _finished_beams(self, input_ids: torch.Tensor) -> None:
+        self._finish(input_ids, torch.zeros(input_ids.shape[0], dtype=torch.bool), self._beams.search)
+
+    def _finish(
+        self, input_ids: torch.Tensor, ended: torch.Tensor, search: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         if not self._call.refused:
             try:
-                self.last = self._step(self._call, input_ids, ended)
+                self.last = self._step(self._call, input_ids, ended, search or {})
+                if self._wants_checkpoint(int(input_ids.shape[1])):
+                    cache = dump_cache(self.last.cache).uncroppable()
+                    self._call.checkpoints.append(
+                        Checkpoint(int(input_ids.shape[1]), cache, self.last.rng, self.last.attributes)
+                    )
             except SemqStateError as error:
                 self._refuse(error)
         self._on_step()
 
-    def _step(self, call: _Call, input_ids: torch.Tensor, ended: torch.Tensor) -> Step:
-        check_config(call.config)
+    def _step(
+        self, call: _Call, input_ids: torch.Tensor, ended: torch.Tensor, search: Mapping[str, torch.Tensor]
+    ) -> Step:
         if call.pending is None:
             raise UnsupportedOperationError(
                 "custom_generate",
@@ -153,14 +221,25 @@ class Recorder:
                 do="use sq.snapshot_of in a loop of your own",
             )
         logits, inputs = call.pending
-        cache = next((inputs[name] for name in ALL_CACHE_NAMES if inputs.get(name) is not None), None)
+        argument = next((name for name in ALL_CACHE_NAMES if inputs.get(name) is not None), CACHE_ARGUMENT)
+        cache = mark_cache(inputs.get(argument), self._model.config.model_type)
+        companions = call.companions(input_ids)
+        companions |= {
+            name: mark_cache(value)
+            for name, value in inputs.items()
+            if name not in ALL_CACHE_NAMES and is_cache(value)
+        }
         return Step(
-            call, input_ids, ended, logits, inputs, mark_cache(cache), dump_rng(self._model),
-            call.processor_states(),
+            call, input_ids, ended, logits, dict(inputs), argument, cache, dump_rng(self._model),
+            call.processor_states(), search, companions, self._attributes.values(),
         )  # fmt: skip
 
-    def snapshot(self, provenance: Provenance) -> Snapshot:
+    def snapshot(self, provenance: Provenance, generator: str = "") -> Snapshot:
         """The state after the last finished token.
+
+        Args:
+            provenance: of the whole model.
+            generator: the path of the module that generates, within it.
 
         Raises:
             IncompleteStateError: no token was finished, or something in the state cannot be kept.
@@ -178,14 +257,19 @@ class Recorder:
                 do="call model.generate inside the `with`, on the model that is captured",
             )
         step.call.watch.check()
-        tensors, values = _sorted_out(step.inputs)
         cache = dump_cache(step.cache)
+        inputs = self._kept(step, with_cache=bool(cache.all_layers()))
+        if step.call.encoder_tokens is not None:
+            inputs["encoder_input_ids"] = step.call.encoder_tokens
+        tensors, values = take_apart(inputs)
+        seen = n_cached(cache)
         return Snapshot(
             cache=cache,
             generation=GenerationState(
                 input_ids=step.input_ids,
                 prompt_length=step.call.prompt_length,
-                n_cached=n_cached(cache),
+                # Where no layer counts, the loop's own rule holds: all but the token that it chose last.
+                n_cached=int(step.input_ids.shape[1]) - 1 if seen is None else seen,
                 finished=step.finished,
                 logits=step.logits,
                 step_inputs=tensors,
@@ -193,33 +277,29 @@ class Recorder:
                 rng=step.rng,
                 config=dump_config(step.call.config),
                 processors=step.processors,
+                search=step.search,
+                companions={name: dump_cache(mark) for name, mark in step.companions.items()},
+                attributes=step.attributes,
+                cache_argument=step.cache_argument,
+                generator=generator,
             ),
             provenance=provenance,
+            checkpoints=tuple(c for c in step.call.checkpoints if c.n_tokens < int(step.input_ids.shape[1])),
         )
 
+    def _kept(self, step: Step, *, with_cache: bool) -> dict[str, Any]:
+        """The inputs that later steps read."""
+        dropped = {*ALL_CACHE_NAMES, *_NEVER_KEPT, *step.companions}
+        if with_cache:
+            # Without a cache every step reads the prompt's own again; with one, the model itself tells.
+            dropped |= _USED_UP - self._read_again(step)
+        return {name: value for name, value in step.inputs.items() if name not in dropped}
 
-def _sorted_out(inputs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the plain values among a step's inputs."""
-    tensors: dict[str, torch.Tensor] = {}
-    values: dict[str, Any] = {}
-    for name, value in inputs.items():
-        if name in ALL_CACHE_NAMES or name in _NOT_KEPT:
-            continue
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value
-        elif _is_plain(value):
-            values[name] = plain(value)
-        else:
-            raise IncompleteStateError(
-                f"input {name!r} of the model",
-                expected="a tensor or a plain value",
-                found=type(value).__name__,
-                do="this input cannot be kept; generate without it",
-            )
-    return tensors, values
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+    def _read_again(self, step: Step) -> set[str]:
+        """Which of the prompt's own inputs the next step takes again; some models prepare steps their own way."""
+        given = {name for name in _USED_UP if step.inputs.get(name) is not None}
+        if not given:
+            return set()
+        inputs = {name: value for name, value in step.inputs.items() if name not in _NEVER_KEPT}
+        prepared = self._model.prepare_inputs_for_generation(step.input_ids, next_sequence_length=1, **inputs)
+        return {name for name in given if prepared.get(name) is not None}

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from semq_state import files, stores
 from semq_state.codecs import AbstractCodec, preset
 from semq_state.errors import IncompleteStateError, SemqStateError
 from semq_state.fingerprint import MODES, WeightsMark, fingerprint, mark_weights
-from semq_state.generation.seams import base_model, replaced
+from semq_state.generation.seams import base_model, generators, replaced
 from semq_state.provenance import Provenance
 from semq_state.snapshot import Snapshot
 
@@ -35,12 +36,14 @@ class Capture:
         every: int = 64,
         codec: str | AbstractCodec = "exact",
         weights: str = "full",
+        checkpoints: int | Collection[int] = (),
     ) -> None:
         if every < 1:
             raise ValueError(f"`every` must be at least 1 token, got {every}")
         if weights not in MODES:
             raise ValueError(f"`weights` must be one of {MODES}, got {weights!r}")
         preset(codec)
+        self._checkpoints = _checked(checkpoints)
         self._wrapper = model
         self._model = base_model(model)
         self._tokenizer = tokenizer
@@ -49,7 +52,7 @@ class Capture:
         self._codec = codec
         self._weights = weights
         self._stack = contextlib.ExitStack()
-        self._recorder: Recorder | None = None
+        self._recorders: dict[str, Recorder] = {}
         self._mark: WeightsMark | None = None
         self._provenance: Provenance | None = None
         self._n_unsaved = 0
@@ -57,15 +60,19 @@ class Capture:
         self._tried = False
 
     def __enter__(self) -> Capture:
-        if self._recorder is not None:
+        if self._recorders:
             raise RuntimeError("this capture was entered before; make a new one with sq.capture(model)")
         if self._autosave is not None:
             stores.check_writable(self._autosave)
         from semq_state.capture.recorder import Recorder
 
         self._mark = mark_weights(self._model)
-        self._recorder = Recorder(self._model, self._on_step, tells=self._autosave is None)
-        self._stack.enter_context(replaced(self._model, self._recorder.replacements()))
+        for path, module in generators(self._model).items():
+            recorder = Recorder(
+                module, self._on_step, tells=self._autosave is None, wants_checkpoint=self._wants_checkpoint
+            )
+            self._recorders[path] = recorder
+            self._stack.enter_context(replaced(module, recorder.replacements()))
         return self
 
     def __exit__(
@@ -104,7 +111,7 @@ class Capture:
             UnsupportedModelError: no cache family knows the model's cache.
             UnsupportedOperationError: this way of generating cannot be kept.
         """
-        if self._recorder is None or self._mark is None:
+        if not self._recorders or self._mark is None:
             raise IncompleteStateError(
                 "capture",
                 expected="a capture that was entered",
@@ -124,7 +131,13 @@ class Capture:
                 self._model, self._tokenizer, weights=self._weights, adapters_of=self._wrapper
             )
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        return self._recorder.snapshot(dataclasses.replace(self._provenance, created=now))
+        # A part that generates within a step of the whole (a depth decoder) is not what was asked for.
+        path = next((path for path, recorder in self._recorders.items() if recorder.last or recorder.refused), "")
+        return self._recorders[path].snapshot(dataclasses.replace(self._provenance, created=now), path)
+
+    def _wants_checkpoint(self, n_tokens: int) -> bool:
+        wanted = self._checkpoints
+        return n_tokens % wanted == 0 if isinstance(wanted, int) else n_tokens in wanted
 
     def _on_step(self) -> None:
         self._n_unsaved += 1
@@ -155,6 +168,7 @@ def capture(
     every: int = 64,
     codec: str | AbstractCodec = "exact",
     weights: str = "full",
+    checkpoints: int | Collection[int] = (),
 ) -> Capture:
     """Records what the next step of `model.generate` needs, without changing what generate returns.
 
@@ -167,6 +181,9 @@ def capture(
         codec: what autosave saves with; see `save`.
         weights: `full` reads all weights once for the digest; `sampled` is the cheaper mode for very large
             models (`semq_state.fingerprint.MODES`).
+        checkpoints: token counts (prompt included), or every so many tokens, at which to keep what layers that
+            forget (recurrent states, windows) hold, so that `Snapshot.crop` can go back there. What other layers
+            hold is not kept twice.
 
     Returns:
         The capture, to be used in a `with`.
@@ -180,4 +197,19 @@ def capture(
         ...     model.generate(**inputs, max_new_tokens=200, do_sample=True)
         >>> snapshot = run.snapshot()  # doctest: +SKIP
     """
-    return Capture(model, tokenizer=tokenizer, autosave=autosave, every=every, codec=codec, weights=weights)
+    return Capture(
+        model,
+        tokenizer=tokenizer,
+        autosave=autosave,
+        every=every,
+        codec=codec,
+        weights=weights,
+        checkpoints=checkpoints,
+    )
+
+
+def _checked(checkpoints: int | Collection[int]) -> int | frozenset[int]:
+    counts = [checkpoints] if isinstance(checkpoints, int) else list(checkpoints)
+    if any(type(n) is not int or n < 1 for n in counts):
+        raise ValueError(f"`checkpoints` takes counts of tokens of 1 or more, got {checkpoints!r}")
+    return checkpoints if isinstance(checkpoints, int) else frozenset(counts)

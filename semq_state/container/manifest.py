@@ -15,7 +15,10 @@ from semq_state.container.header import MANIFEST, Header, shown
 from semq_state.content import DTYPES, TensorSpec
 from semq_state.errors import FormatError, IntegrityError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What this version writes."""
+
+READABLE_VERSIONS = (1, 2)
 
 MAX_DEPTH = 64
 """How deep tables and lists may stand in each other, so that no walk through them meets Python's own limit."""
@@ -55,11 +58,12 @@ class Manifest:
     provenance: Mapping[str, Any]
     content_digest: str
     state_id: str
+    format_version: int = FORMAT_VERSION
 
     def to_bytes(self) -> bytes:
         return content.pack(
             {
-                "format_version": FORMAT_VERSION,
+                "format_version": self.format_version,
                 "writer": self.writer,
                 "codec": self.codec,
                 "structure": self.structure,
@@ -94,13 +98,13 @@ def read_manifest(data: bytes, header: Header, where: str) -> Manifest:
         raise check.refused("a manifest in msgpack", f"{type(error).__name__}: {error}") from error
     fields = check.table(raw, "manifest")
     version = fields.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in READABLE_VERSIONS:
         raise check.refused(
-            f"format version {FORMAT_VERSION}",
+            f"format version {' or '.join(map(str, READABLE_VERSIONS))}",
             shown(version),
             do="update semq_state to read this file",
         )
-    expected = {"format_version", *Manifest.__dataclass_fields__}
+    expected = set(Manifest.__dataclass_fields__)
     if fields.keys() != expected:
         raise check.refused(f"the fields {sorted(expected)}", shown(sorted(fields)))
     if not canonical:
@@ -118,6 +122,7 @@ def read_manifest(data: bytes, header: Header, where: str) -> Manifest:
         provenance=check.table(fields["provenance"], "provenance"),
         content_digest=check.text(fields["content_digest"], "content_digest"),
         state_id=check.text(fields["state_id"], "state_id"),
+        format_version=version,
     )
     _hold_against_header(manifest, header, check)
     found = content.content_digest(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from semq_state import container
 from semq_state.container import Manifest
 
 
@@ -40,9 +40,10 @@ class SnapshotInfo:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         structure, tensors = self.manifest.structure, self.manifest.tensors
+        layers = list(_layers(structure["cache"]))
         return {
             "path": self.path,
-            "format_version": container.FORMAT_VERSION,
+            "format_version": self.manifest.format_version,
             "writer": self.manifest.writer,
             "codec": self.codec,
             "state_id": self.state_id,
@@ -51,9 +52,10 @@ class SnapshotInfo:
             "n_tokens": self.n_tokens,
             "prompt_length": structure["generation"]["prompt_length"],
             "n_cached": structure["generation"]["n_cached"],
-            "n_layers": len(structure["cache"]["layers"]),
+            "n_layers": len(layers),
             "cache_kind": structure["cache"]["kind"],
-            "families": sorted({layer["family"] for layer in structure["cache"]["layers"]}),
+            "families": sorted({layer["family"] for layer in layers}),
+            "checkpoints": [checkpoint["n_tokens"] for checkpoint in structure.get("checkpoints", [])],
             "n_bytes": self.n_bytes,
             "raw_bytes": self.raw_bytes,
             "cache_bytes": self.cache_bytes,
@@ -61,3 +63,9 @@ class SnapshotInfo:
             "provenance": dict(self.manifest.provenance),
             "tensors": {name: {"dtype": t.spec.dtype, "shape": list(t.spec.shape)} for name, t in tensors.items()},
         }
+
+
+def _layers(cache: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield from cache["layers"]
+    for part in cache.get("parts", {}).values():
+        yield from _layers(part)

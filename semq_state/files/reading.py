@@ -72,7 +72,7 @@ def inspect(path: str | os.PathLike[str]) -> SnapshotInfo:
     with LocalFile(path) as file:
         _, manifest = opened(file)
         sizes = {name: entry.spec.n_bytes for name, entry in manifest.tensors.items()}
-        cached = sum(n for name, n in sizes.items() if name.startswith("layers."))
+        cached = sum(n for name, n in sizes.items() if not name.startswith(("generation.", "checkpoints.")))
         return SnapshotInfo(str(path), file.size, sum(sizes.values()), cached, manifest.codec, manifest)
 
 

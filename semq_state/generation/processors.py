@@ -22,7 +22,8 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from semq_state.errors import IncompleteStateError, UnsupportedOperationError
+from semq_state.errors import IncompleteStateError
+from semq_state.generation.companions import dump_guidance, restore_guidance
 from semq_state.provenance import plain
 from semq_state.snapshot import ProcessorState
 
@@ -38,8 +39,6 @@ def dump_processors(role: str, processors: Iterable[Any], given: Collection[Any]
         processors: all that the run uses.
         given: those of them that the caller passed.
 
-    Raises:
-        UnsupportedOperationError: one holds a state that cannot be kept.
     """
     for processor in processors:
         state = dump_processor(role, processor)
@@ -55,18 +54,10 @@ def dump_processor(role: str, processor: Any) -> ProcessorState | None:
 
     Args:
         role: `logits` or `stopping`.
-
-    Raises:
-        UnsupportedOperationError: it holds a state that cannot be kept.
     """
     name = type(processor).__name__
     if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-        raise UnsupportedOperationError(
-            name,
-            expected="a processor whose state can be kept",
-            found="a second cache for the unconditional prompt",
-            do="generate without guidance_scale",
-        )
+        return dump_guidance(processor)
     if isinstance(processor, stopping.MaxTimeCriteria):
         return ProcessorState(role, name, {}, {"elapsed": time.time() - processor.initial_timestamp})
     if isinstance(processor, SynthIDTextWatermarkLogitsProcessor):
@@ -96,7 +87,9 @@ def restore_processor(state: ProcessorState, processor: Any, batch_size: int) ->
         IncompleteStateError: the state does not fit it.
     """
     try:
-        if isinstance(processor, stopping.MaxTimeCriteria):
+        if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+            restore_guidance(state, processor)
+        elif isinstance(processor, stopping.MaxTimeCriteria):
             processor.initial_timestamp = time.time() - float(state.meta["elapsed"])
         elif isinstance(processor, SynthIDTextWatermarkLogitsProcessor):
             history = state.tensors["context_history"]

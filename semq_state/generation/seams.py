@@ -18,6 +18,27 @@ PREFILL = "_prefill"
 STEP_TAKEN = "_update_model_kwargs_for_generation"
 CANDIDATES = "_get_candidate_generator"
 
+TOP_CONTINUATIONS = "_get_top_k_continuations"
+RUNNING_BEAMS = "_get_running_beams_for_next_iteration"
+FINISHED_BEAMS = "_update_finished_beams"
+EARLY_STOP = "_check_early_stop_heuristic"
+BEAMS_LEFT = "_beam_search_has_unfinished_sequences"
+REORDER = "_reorder_cache"
+
+MODEL_INPUTS = "_prepare_model_inputs"
+ENCODER = "_maybe_prepare_encoder_kwargs_for_generation"
+DECODER_INPUTS = "_prepare_decoder_input_ids_for_generation"
+EXPAND = "_expand_inputs_for_generation"
+PREPARE_CACHE = "_prepare_cache_for_generation"
+VALIDATE = "_validate_model_kwargs"
+NEXT_INPUTS = "prepare_inputs_for_generation"
+
+_NEEDED = (
+    LOGITS_PROCESSORS, STOPPING_CRITERIA, PREFILL, STEP_TAKEN, CANDIDATES, TOP_CONTINUATIONS, RUNNING_BEAMS,
+    FINISHED_BEAMS, EARLY_STOP, BEAMS_LEFT, MODEL_INPUTS, ENCODER, DECODER_INPUTS, EXPAND, PREPARE_CACHE, VALIDATE,
+    NEXT_INPUTS,
+)  # fmt: skip
+
 _MISSING = object()
 
 
@@ -30,11 +51,7 @@ def base_model(model: Any) -> Any:
     # A compiled wrapper hands attributes through in one direction only; hooks set there would stay for ever.
     inner = getattr(model, "_orig_mod", model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    lacking = [
-        seam
-        for seam in (LOGITS_PROCESSORS, STOPPING_CRITERIA, PREFILL, STEP_TAKEN, CANDIDATES)
-        if not callable(getattr(inner, seam, None))
-    ]
+    lacking = _lacking(inner)
     if lacking:
         raise UnsupportedModelError(
             type(model).__name__,
@@ -42,14 +59,19 @@ def base_model(model: Any) -> Any:
             found=f"no {', '.join(lacking)}",
             do="pass a model of transformers 5.23 or later, from AutoModelForCausalLM say",
         )
-    if inner.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            type(inner).__name__,
-            expected="a decoder",
-            found="an encoder-decoder model",
-            do="its encoder outputs cannot be kept yet",
-        )
     return inner
+
+
+def generators(model: Any) -> dict[str, Any]:
+    """The modules of `model` that run a generation loop, by path; `model` itself is the first, under `""`.
+
+    Some models only prepare a prompt and have a part of theirs generate (BLIP-2's language model, say).
+    """
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if module is model or (hasattr(module, LOGITS_PROCESSORS) and not _lacking(module))
+    }
 
 
 @contextlib.contextmanager
@@ -66,3 +88,7 @@ def replaced(model: Any, replacements: Mapping[str, Any]) -> Iterator[None]:
                 vars(model).pop(name, None)
             else:
                 setattr(model, name, value)
+
+
+def _lacking(model: Any) -> list[str]:
+    return [seam for seam in _NEEDED if not callable(getattr(model, seam, None))]

@@ -8,35 +8,20 @@ from typing import Any
 
 from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 
-from semq_state.errors import UnsupportedOperationError
 from semq_state.provenance import plain
 
 _NOT_KEPT = ("transformers_version", "_from_model_config", "compile_config")
 # `compile_config` is about speed; it holds objects of torch's own.
 
 
-def check_config(config: GenerationConfig) -> None:
-    """Refuses a way of generating that cannot be kept.
-
-    Raises:
-        UnsupportedOperationError: the generation searches over beams, which cannot be resumed.
-    """
-    if (config.num_beams or 1) > 1:
-        raise UnsupportedOperationError(
-            "num_beams",
-            expected="1",
-            found=str(config.num_beams),
-            do="a beam search cannot be taken apart in the middle yet; sample or decode greedily",
-        )
+def encoder_tokens_matter(config: GenerationConfig) -> bool:
+    """Whether a processor compares what is generated with the encoder's tokens."""
+    penalty, ngram = config.encoder_repetition_penalty, config.encoder_no_repeat_ngram_size
+    return (penalty is not None and penalty != 1.0) or bool(ngram)
 
 
 def dump_config(config: GenerationConfig) -> dict[str, Any]:
-    """The settings that a generation ran with, defaults included.
-
-    Raises:
-        UnsupportedOperationError: as `check_config`.
-    """
-    check_config(config)
+    """The settings that a generation ran with, defaults included."""
     values = {
         name: _without_objects(value)
         for name, value in config.to_dict().items()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Collection
 from typing import Any
 
 import torch
 
-from semq_state.caches import can_step_back, check_cache
+from semq_state.caches import can_step_back, check_cache, expected_layers, n_cached
 from semq_state.errors import Difference, IncompleteStateError, ModelMismatchError
 from semq_state.fingerprint import fingerprint
+from semq_state.generation.seams import generators
+from semq_state.generation.trees import put_together
 from semq_state.provenance import IDENTITY, advice, identity_differences
+from semq_state.restore.beams import check_search
 from semq_state.restore.continuation import n_tokens
-from semq_state.snapshot import Snapshot
+from semq_state.snapshot import CacheState, GenerationState, Snapshot
+
+_HEADS = ("num_key_value_heads", "head_dim")
 
 
 def check_model(
@@ -73,12 +79,18 @@ def check_model(
 def check_state(snapshot: Snapshot, model: Any) -> None:
     """Refuses a snapshot whose parts contradict each other or this model's shape.
 
+    Args:
+        snapshot: the state to go on with.
+        model: the `PreTrainedModel`.
+
     Raises:
         IncompleteStateError: they do.
         UnsupportedModelError: a part is of an unknown kind.
     """
     state = snapshot.generation
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    model = _generator(model, state.generator)
+    decoder = model.config.get_text_config(decoder=True)
+    vocabulary = _vocabulary(model, decoder)
 
     def require(holds: bool, where: str, expected: str, found: Any) -> None:
         if not holds:
@@ -95,7 +107,7 @@ def check_state(snapshot: Snapshot, model: Any) -> None:
     batch = snapshot.batch_size
     low, high = int(ids.min()), int(ids.max())
     require(
-        low >= 0 and high < vocabulary,
+        low >= 0 and (vocabulary is None or high < vocabulary),
         "input_ids",
         f"tokens below {vocabulary}",
         f"{low} to {high}",
@@ -108,40 +120,126 @@ def check_state(snapshot: Snapshot, model: Any) -> None:
     require(state.finished.shape == (batch,) and state.finished.dtype == torch.bool, "finished",
             f"({batch},) bool", (tuple(state.finished.shape), state.finished.dtype))  # fmt: skip
     if state.logits is not None:
-        head = model.get_output_embeddings()
-        shape = (batch, getattr(head, "out_features", vocabulary))
-        require(tuple(state.logits.shape) == shape, "logits", f"{shape}", tuple(state.logits.shape))
+        width = getattr(_output_embeddings(model), "out_features", None)
+        shape = tuple(state.logits.shape)
+        require(len(shape) >= 2 and shape[0] == batch and width in (None, shape[-1]), "logits",
+                f"{(batch, width or 'vocab')}", shape)  # fmt: skip
     for name, tensor in state.step_inputs.items():
-        require(
-            tensor.ndim > 0 and tensor.shape[-1] >= 1,
-            f"input {name!r}",
-            "a token axis",
-            tensor.shape,
-        )
-    mask, n_all = state.step_inputs.get("attention_mask"), n_tokens(snapshot)
-    require(mask is None or tuple(mask.shape) == (batch, n_all), "attention_mask", f"{(batch, n_all)}",
-            None if mask is None else tuple(mask.shape))  # fmt: skip
-    check_cache(snapshot.cache, batch, state.n_cached)
+        require(tensor.ndim > 0 or not name.endswith(("_ids", "_mask")), f"input {name!r}", "a token axis",
+                tuple(tensor.shape))  # fmt: skip
+    n_all = n_tokens(snapshot)
+    inputs = _inputs(state)
+    name = "attention_mask"
+    if model.config.is_encoder_decoder:
+        name = "decoder_attention_mask"
+        outputs = inputs.get("encoder_outputs")
+        hidden = outputs[0] if outputs else None
+        require(isinstance(hidden, torch.Tensor) and hidden.shape[0] == batch, "encoder_outputs",
+                f"the encoder's outputs for {batch} rows",
+                None if not isinstance(hidden, torch.Tensor) else tuple(hidden.shape))  # fmt: skip
+    mask = inputs.get(name)
+    require(mask is None or (isinstance(mask, torch.Tensor) and tuple(mask.shape) == (batch, n_all)), name,
+            f"{(batch, n_all)}", None if mask is None else getattr(mask, "shape", mask))  # fmt: skip
+    _check_lengths(snapshot.cache, decoder, n_all)
+    check_cache(snapshot.cache, _n_cache_rows(snapshot, batch), state.n_cached)
     require(state.n_cached <= n_all, "n_cached", f"at most {n_all} tokens", state.n_cached)
+    for companion in state.companions.values():
+        counted = n_cached(companion)
+        check_cache(companion, _rows_of(companion), counted or 0, "companion")
+    if state.search:
+        check_search(state)
     require("cpu" in state.rng, "random state", "that of the CPU", ", ".join(state.rng) or None)
-    require(state.n_cached < n_all or state.logits is not None or can_step_back(snapshot.cache), "logits",
-            "those of the last token, which the cache cannot give back", None)  # fmt: skip
-    _check_heads(snapshot, model, require)
+    require(state.n_cached < n_all or state.logits is not None or can_step_back(snapshot.cache, state.n_cached),
+            "logits", "those of the last token, which the cache cannot give back", None)  # fmt: skip
+    _check_layout(snapshot, model, decoder, require)
 
 
-def _check_heads(snapshot: Snapshot, model: Any, require: Any) -> None:
-    """Holds heads and widths against the configuration where it states them plainly."""
-    config = model.config.get_text_config(decoder=True)
-    layers = snapshot.cache.layers
-    if layers and not snapshot.cache.meta.get("grows"):
-        require(len(layers) == config.num_hidden_layers, "cache", f"{config.num_hidden_layers} layers",
-                len(layers))  # fmt: skip
-    heads, width = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)
-    if not isinstance(heads, int) or not isinstance(width, int) or hasattr(config, "kv_lora_rank"):
-        return
-    per_layer = getattr(config, "per_layer_config", None) or [config] * len(layers)
-    for i, (layer, own) in enumerate(zip(layers, per_layer, strict=False)):
-        expected = (getattr(own, "num_key_value_heads", heads), getattr(own, "head_dim", width))
+def _generator(model: Any, path: str) -> Any:
+    if not path:
+        return model
+    found = generators(model).get(path)
+    if found is None:
+        raise IncompleteStateError(
+            "generator", expected="a part of the model that generates", found=f"{path!r:.80}", do="use another copy"
+        )
+    return found
+
+
+def _inputs(state: GenerationState) -> dict[str, Any]:
+    return put_together(state.step_inputs, state.step_values)
+
+
+def _output_embeddings(model: Any) -> Any:
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _vocabulary(model: Any, decoder: Any) -> int | None:
+    found = getattr(decoder, "vocab_size", None)
+    if found is None:
+        with contextlib.suppress(NotImplementedError):
+            found = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
+def _n_cache_rows(snapshot: Snapshot, batch: int) -> int:
+    """Rows of the cache: some models hold several token streams in one row, or two rows for each of guidance's."""
+    rows = _rows_of(snapshot.cache)
+    return rows if snapshot.generation.step_values.get("cache_rows") == rows else batch
+
+
+def _rows_of(cache: CacheState) -> int:
+    for layer in cache.all_layers():
         for name, tensor in layer.tensors.items():
-            found = (tensor.shape[1], tensor.shape[-1])
-            require(found == expected, f"layer {i}, {name}", f"{expected} heads and head_dim", found)
+            axis = layer.layout.of(name).batch_axis
+            if axis is not None and tensor.ndim > axis:
+                return int(tensor.shape[axis])
+    return 0
+
+
+def _check_lengths(cache: CacheState, decoder: Any, n_all: int) -> None:
+    """Buffers are made as long as the file says: no longer than a model of this size has use for."""
+    positions = getattr(decoder, "max_position_embeddings", None)
+    most = max(positions if isinstance(positions, int) else 0, 4 * n_all, 1 << 15)
+    for i, layer in enumerate(cache.all_layers()):
+        total = sum(int(layer.meta.get(name, 0)) for name in ("max_length", "max_prefill"))
+        if total > most:
+            raise IncompleteStateError(
+                f"layer {i}",
+                expected=f"a buffer of at most {most} tokens",
+                found=str(total),
+                do="no run of this model makes such a state; do not trust the file",
+            )
+
+
+def _check_layout(snapshot: Snapshot, model: Any, decoder: Any, require: Any) -> None:
+    """Holds layers, heads, widths and windows against the cache that the model would make itself."""
+    cache = snapshot.cache.parts.get("self", snapshot.cache)
+    if cache.kind not in ("dynamic", "static") or cache.meta.get("grows"):
+        return
+    fresh = expected_layers(model)
+    if fresh is None:
+        return
+    require(len(cache.layers) == len(fresh), "cache", f"{len(fresh)} layers", len(cache.layers))
+    for i, (layer, expected) in enumerate(zip(cache.layers, fresh, strict=True)):
+        name, window = expected
+        found = layer.family.replace("static-indexed", "indexed").replace("static", "dynamic")
+        found = found.replace("dynamic-sliding", "sliding")
+        require(found == name, f"layer {i}", f"a {name!r} layer", repr(layer.family))
+        if window is not None and "window" in layer.meta:
+            require(layer.meta["window"] == window, f"layer {i}", f"a window of {window}", layer.meta["window"])
+    # Where a configuration has several counts of heads, only the model knows which layer has which.
+    names = decoder.to_dict()
+    several = [n for n in names if n.endswith(("num_key_value_heads", "head_dim")) and n not in _HEADS]
+    if several or "kv_lora_rank" in names:
+        return
+    for i, (layer, own) in enumerate(zip(cache.layers, decoder.per_layer_config, strict=False)):
+        shape = tuple(getattr(own, name, None) for name in _HEADS)
+        if layer.is_fixed or "keys" not in layer.tensors or not all(isinstance(n, int) for n in shape):
+            continue
+        if layer.family in ("dynamic", "sliding", "static", "static-sliding"):
+            keys = layer.tensors["keys"]
+            require((keys.shape[1], keys.shape[-1]) == shape, f"layer {i}, keys", f"{shape} heads and head_dim",
+                    (keys.shape[1], keys.shape[-1]))  # fmt: skip

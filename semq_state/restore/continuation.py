@@ -1,38 +1,59 @@
 """One call of `generate` that starts in the middle: the exact next step instead of a prefill.
 
-Three things in `generate` look back at where a generation began, and would take the resume for a new prompt:
-processors that count from the prompt, the flags of rows that have ended, and the prefill. Each is answered from
-the snapshot instead.
+`generate` prepares a prompt, makes a cache, computes the prompt, and only then loops. Everything before the loop is
+answered from the snapshot: the inputs are those of the loop's next step, the prefill is that step, processors count
+from the recorded prompt, and rows that had ended stay ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import types
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.generation.utils import (
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from semq_state.caches import NO_CACHE
+from semq_state.caches import n_cached
 from semq_state.errors import UnsupportedOperationError
 from semq_state.generation import seams
+from semq_state.generation.attributes import attributes_set
+from semq_state.generation.companions import (
+    ASSISTANT,
+    GUIDANCE,
+    ROLE,
+    guidance_of,
+    restore_candidates,
+)
 from semq_state.generation.processors import restore_processors
 from semq_state.generation.rows import AlreadyEnded, EndedRowsPadding
 from semq_state.generation.settings import rebuild_config
+from semq_state.generation.trees import put_together
+from semq_state.restore.beams import BeamWalk
 from semq_state.snapshot import Snapshot
+from semq_state.snapshot.generation import CACHE_ARGUMENT
 
-_ONE_SEQUENCE = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "assistant_model": None,
-    "prompt_lookup_num_tokens": None,
-}
-"""What may not differ from these: the state has one cache row and one step for each of its sequences."""
+_POSITIONS = "_prepare_position_ids_for_generation"
+_FORWARD = "forward"
+_ASSISTED = ("prompt_lookup_num_tokens", "assistant_early_exit", "speculation_type")
+_PREPARATION = (
+    seams.MODEL_INPUTS, seams.ENCODER, seams.DECODER_INPUTS, seams.EXPAND, seams.PREPARE_CACHE, seams.VALIDATE,
+    _POSITIONS,
+)  # fmt: skip
+
+_CALLED = (
+    seams.NEXT_INPUTS, seams.STEP_TAKEN, seams.TOP_CONTINUATIONS, seams.RUNNING_BEAMS, seams.FINISHED_BEAMS,
+    seams.EARLY_STOP, seams.BEAMS_LEFT, _FORWARD,
+)  # fmt: skip
 
 
 def n_tokens(snapshot: Snapshot) -> int:
@@ -42,7 +63,7 @@ def n_tokens(snapshot: Snapshot) -> int:
     exactly one is always not in the cache yet. A loop of one's own tells all of its tokens.
     """
     state = snapshot.generation
-    with_cache = bool(state.config) and snapshot.cache.kind != NO_CACHE
+    with_cache = bool(state.config) and state.n_cached > 0
     return state.n_cached + 1 if with_cache else snapshot.n_tokens
 
 
@@ -51,8 +72,9 @@ class Continuation:
 
     Args:
         snapshot: where to start.
-        model: the `PreTrainedModel`.
+        model: the module that generates.
         cache: its cache, rebuilt.
+        companions: the caches of guidance and assistant, rebuilt.
         append: tokens of the next turn, `(batch, n)`, or None to go on with the recorded generation.
     """
 
@@ -61,6 +83,7 @@ class Continuation:
         snapshot: Snapshot,
         model: Any,
         cache: Any,
+        companions: Mapping[str, Any],
         append: torch.Tensor | None,
     ) -> None:
         self.reused_tokens = 0
@@ -68,54 +91,80 @@ class Continuation:
         self._state = snapshot.generation
         self._model = model
         self._cache = cache
+        self._companions = companions
         self._append = append
         self._device = model.device
         self._ids = self._state.input_ids.to(self._device)
         self._finished = self._state.finished.to(self._device)
-        self._inputs = {name: t.to(self._device) for name, t in self._state.step_inputs.items()}
+        tensors = {name: t.to(self._device) for name, t in self._state.step_inputs.items()}
+        self._inputs = put_together(tensors, self._state.step_values)
+        self._encoder_tokens = self._inputs.pop("encoder_input_ids", None)
+        self._given: dict[str, Any] = {}
+        self._walk: BeamWalk | None = None
+        self._is_first_guess = True
+        self._is_assisted = False
+        self._is_prepared = False
         self._n_tokens = n_tokens(snapshot)
+        # transformers' own prefill asks the cache how many tokens it has seen.
+        is_default = self._state.cache_argument == CACHE_ARGUMENT and not model.config.is_encoder_decoder
+        self._counts = is_default and (cache is None or n_cached(snapshot.cache) is not None)
         if append is not None:
             self._ids = torch.cat([self._ids, append], dim=-1)
             self._n_tokens += append.shape[1]
-        self._originals = {
-            name: getattr(model, name) for name in (seams.LOGITS_PROCESSORS, seams.STOPPING_CRITERIA, seams.PREFILL)
-        }
+        self._originals = {name: getattr(model, name) for name in (*self._seams(), *_CALLED)}
+        if hasattr(model, seams.REORDER):
+            self._originals[seams.REORDER] = getattr(model, seams.REORDER)
 
     def arguments(self, kwargs: Mapping[str, Any], tokenizer: Any) -> dict[str, Any] | None:
         """The arguments for `model.generate`; None where the recorded generation had come to its end.
 
         Raises:
-            UnsupportedOperationError: they ask for another number of sequences or of tokens a step.
+            UnsupportedOperationError: they ask for another number of sequences or another search.
         """
         given = dict(kwargs)
         config = copy.deepcopy(given.pop("generation_config", None))
         self._is_recorded = config is None and bool(self._state.config)
         if self._is_recorded:
             config = self._recorded_config()
-        _refuse_others(given, config)
+        self._refuse_others(given, config)
+        self._is_assisted = given.get("assistant_model") is not None or any(
+            given.get(name, getattr(config, name, None)) is not None for name in _ASSISTED
+        )
         if config is None:
+            self._given = given
             return {**given, **self._tensors()}
         # A cache is passed in; naming a kind of cache as well would be refused.
         config.cache_implementation = None
-        given = config.update(**given)
+        given = self._given = config.update(**given)
         length = self._ids.shape[1]
         if config.max_new_tokens is not None:
             config.max_length, config.max_new_tokens = length + config.max_new_tokens, None
         if config.min_new_tokens is not None:
             config.min_length, config.min_new_tokens = length + config.min_new_tokens, None
-        at_end = bool(self._finished.all()) or (config.max_length or 0) <= length
-        if self._is_recorded and self._append is None and at_end:
-            return None
         if config.stop_strings is not None and tokenizer is not None:
             given.setdefault("tokenizer", tokenizer)
+        if self._state.search:
+            self._walk = BeamWalk(
+                self._state, self._model, self._originals, config.max_length or int(self._search_length())
+            )
+        elif self._is_at_end(config, length):
+            return None
         return {**given, "generation_config": config, **self._tensors()}
+
+    def _is_at_end(self, config: Any, length: int) -> bool:
+        at_end = bool(self._finished.all()) or (config.max_length or 0) <= length
+        return self._is_recorded and self._append is None and at_end
+
+    def _search_length(self) -> int:
+        return int(self._state.search["sequences"].shape[2])
 
     def _recorded_config(self) -> GenerationConfig:
         config = rebuild_config(self._state.config)
         # These were resolved to absolute lengths when the recorded run began.
         config.max_new_tokens = config.min_new_tokens = None
         # Its sequences are rows of the batch by now.
-        config.num_return_sequences = None
+        if not self._state.search:
+            config.num_return_sequences = None
         if self._append is not None:
             budget = (config.max_length or 0) - self._state.prompt_length
             config.max_length, config.min_length = self._ids.shape[1] + budget, None
@@ -129,46 +178,167 @@ class Continuation:
             stacklevel=3,
         )
         if kwargs.get("return_dict_in_generate", self._state.config.get("return_dict_in_generate")):
-            return GenerateDecoderOnlyOutput(sequences=self._ids, past_key_values=self._cache)
+            is_pair = self._model.config.is_encoder_decoder
+            kind = GenerateEncoderDecoderOutput if is_pair else GenerateDecoderOnlyOutput
+            return kind(sequences=self._ids, past_key_values=self._cache)
         return self._ids
 
-    def replacements(self) -> dict[str, Any]:
+    def result(self, given: Any) -> Any:
+        """What `generate` gave, without what only led to where the snapshot was taken."""
+        if self._walk is None:
+            return given
+        self.reused_tokens = self._n_tokens - (1 if self._walk.n_fed is None else self._walk.n_fed)
+        return self._walk.stripped(given)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Puts the replacements in front of the model's own methods, and takes them away again."""
+        with (
+            attributes_set(self._model, self._state.attributes),
+            seams.replaced(self._model, self._replacements()),
+        ):
+            yield
+
+    def _seams(self) -> dict[str, Any]:
+        return {
+            seams.LOGITS_PROCESSORS: self._logits_processors,
+            seams.STOPPING_CRITERIA: self._stopping_criteria,
+            seams.CANDIDATES: self._candidates,
+            seams.PREFILL: self._prefill,
+            seams.MODEL_INPUTS: self._model_inputs,
+            seams.ENCODER: lambda inputs, model_kwargs, *args: model_kwargs,
+            seams.DECODER_INPUTS: self._decoder_inputs,
+            seams.EXPAND: lambda input_ids, expand_size=1, is_encoder_decoder=False, **kwargs: (input_ids, kwargs),
+            seams.PREPARE_CACHE: self._prepare_cache,
+            seams.VALIDATE: lambda model_kwargs: None,
+            _POSITIONS: lambda inputs, model_kwargs: inputs,
+        }
+
+    def _replacements(self) -> dict[str, Any]:
         """What to put in front of the model's own methods."""
-        new_turn = self._append is not None
-        found: dict[str, Any] = {seams.PREFILL: self._prefill}
+        found = self._seams()
+        found |= {name: self._once(name, found[name]) for name in _PREPARATION}
+        if self._is_assisted:
+            del found[seams.PREFILL]
+        if self._append is not None:
+            for name in (seams.LOGITS_PROCESSORS, seams.STOPPING_CRITERIA, seams.CANDIDATES):
+                del found[name]
+            if not self._model.config.is_encoder_decoder:
+                # The next turn's own preparation, which knows how the model counts positions after an image.
+                for name in (seams.MODEL_INPUTS, seams.PREPARE_CACHE, seams.VALIDATE, _POSITIONS):
+                    del found[name]
+        else:
+            if not self._state.config:
+                del found[_POSITIONS]
+            found[seams.NEXT_INPUTS] = self._next_inputs
+        if self._walk is not None:
+            found |= self._walk.replacements()
         if self._is_recorded:
             # The recorded settings are resolved; the model's defaults of today must not fill their gaps.
             found["generation_config"] = GenerationConfig()
-        if not new_turn:
-            found[seams.LOGITS_PROCESSORS] = self._logits_processors
-            found[seams.STOPPING_CRITERIA] = self._stopping_criteria
+        if type(self._model).generate is not GenerationMixin.generate:
+            # A class's own `generate` prepares a prompt for this one; here there is no prompt.
+            found["generate"] = types.MethodType(GenerationMixin.generate, self._model)
         return found
 
+    def _once(self, name: str, replacement: Any) -> Any:
+        """`replacement` for this call's own preparation; an assistant that is the same model prepares as ever."""
+
+        def either(*args: Any, **kwargs: Any) -> Any:
+            return (self._originals[name] if self._is_prepared else replacement)(*args, **kwargs)
+
+        return either
+
     def _tensors(self) -> dict[str, Any]:
+        ids = self._ids[:, : self._state.prompt_length] if self._walk is not None else self._ids
+        if self._model.config.is_encoder_decoder:
+            return {"decoder_input_ids": ids}
         mask = self._inputs.get("attention_mask")
         if mask is None:
-            mask = self._ids.new_ones((self._ids.shape[0], self._n_tokens))
+            mask = ids.new_ones((ids.shape[0], self._n_tokens))
         elif self._append is not None:
             mask = torch.cat([mask, mask.new_ones(self._append.shape)], dim=-1)
-        tensors = {"input_ids": self._ids, "attention_mask": mask}
-        return tensors if self._cache is None else {**tensors, "past_key_values": self._cache}
+        tensors = {"input_ids": ids, "attention_mask": mask}
+        if self._append is None or self._cache is None:
+            return tensors
+        return {**tensors, self._state.cache_argument: self._cache}
+
+    def _model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> Any:
+        ids = model_kwargs.pop("decoder_input_ids", None)
+        ids = model_kwargs.pop("input_ids", inputs) if ids is None else ids
+        return ids, "input_ids", model_kwargs
+
+    def _decoder_inputs(
+        self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        return self._ids[:, : self._state.prompt_length] if self._walk is not None else self._ids, model_kwargs
+
+    def _prepare_cache(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """The arguments of the loop's next step, instead of those of a prompt."""
+        if self._state.config:
+            given = {name: value for name, value in model_kwargs.items() if name in self._given}
+            model_kwargs.clear()
+            model_kwargs.update({**self._inputs, **given})
+        else:
+            mask = self._ids.new_ones((self._ids.shape[0], self._n_tokens))
+            model_kwargs.update({"attention_mask": mask, **self._inputs})
+        for name, cache in self._companions.items():
+            if name not in (GUIDANCE, ASSISTANT):
+                model_kwargs[name] = cache
+        if isinstance(self._cache, Cache):
+            model_kwargs[self._state.cache_argument] = self._cache
 
     def _logits_processors(self, **kwargs: Any) -> Any:
+        if kwargs["generation_config"].is_assistant:
+            return self._originals[seams.LOGITS_PROCESSORS](**kwargs)
         # Processors count from the prompt, and must go on doing so.
         n_prompt = self._state.prompt_length
         kwargs["input_ids_seq_length"] = n_prompt
-        kwargs["encoder_input_ids"] = self._ids[:, :n_prompt]
+        kwargs["encoder_input_ids"] = (
+            self._ids[:, :n_prompt] if self._encoder_tokens is None else self._encoder_tokens
+        )
         processors = self._originals[seams.LOGITS_PROCESSORS](**kwargs)
         restore_processors(self._state.processors, "logits", processors, self._ids.shape[0])
+        guidance = guidance_of(processors)
+        if guidance is not None:
+            guidance.unconditional_context["past_key_values"] = self._companions.get(GUIDANCE)
+        if self._walk is not None:
+            return self._walk.processors(processors)
         if bool(self._finished.any()):
             processors.append(EndedRowsPadding(self._finished, kwargs["generation_config"]))
         return processors
 
     def _stopping_criteria(self, **kwargs: Any) -> Any:
         criteria = self._originals[seams.STOPPING_CRITERIA](**kwargs)
+        if kwargs["generation_config"].is_assistant:
+            return criteria
+        self._is_prepared = True
         restore_processors(self._state.processors, "stopping", criteria, self._ids.shape[0])
+        if self._walk is not None:
+            return self._walk.criteria(criteria)
         criteria.append(AlreadyEnded(self._finished))
         return criteria
+
+    def _candidates(self, *args: Any, **kwargs: Any) -> Any:
+        generator = self._originals[seams.CANDIDATES](*args, **kwargs)
+        recorded = next((p for p in self._state.processors if p.role == ROLE), None)
+        if recorded is not None and recorded.name == type(generator).__name__:
+            cache = self._companions.get(ASSISTANT)
+            if cache is not None:
+                cache.activate_past_recording()
+            restore_candidates(recorded, generator, cache)
+        return generator
+
+    def _next_inputs(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """An assisted loop's first turn is told from the others by itself; here none is the first."""
+        if self._is_assisted and kwargs.get("is_first_iteration") and self._is_first_guess:
+            self._is_first_guess = False
+            kwargs["is_first_iteration"] = False
+            kwargs["next_sequence_length"] = input_ids.shape[1] - (self._ids.shape[1] - 1)
+            self.reused_tokens = self._n_tokens - 1
+        return self._originals[seams.NEXT_INPUTS](input_ids, *args, **kwargs)
 
     def _prefill(
         self,
@@ -190,29 +360,63 @@ class Continuation:
         is_first_iteration: bool,
     ) -> Any:
         """The next step of the interrupted loop, called exactly as that loop would have called it."""
+        if self._cache is not None:
+            # Where it is none of transformers' own kind, what `generate` does before would ask it too much.
+            model_kwargs[self._state.cache_argument] = self._cache
         n_cached = self._state.n_cached if self._cache is not None else 0
         n_fed = self._n_tokens - n_cached
         new_turn = self._append is not None
-        if not new_turn:
-            model_kwargs.update(self._inputs)
-            model_kwargs.update({k: v for k, v in self._state.step_values.items() if k not in model_kwargs})
-            if self._state.config and "attention_mask" not in self._inputs:
-                model_kwargs["attention_mask"] = None
         if n_fed == 0 and self._state.logits is not None:
             logits = self._state.logits.to(self._device)[:, None]
             return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
         if n_fed == 0:
             self._cache.crop(-1)
             n_fed = 1
-        if new_turn and self._ids.shape[1] == self._n_tokens:
+        if new_turn and self._counts and self._ids.shape[1] == self._n_tokens:
             return self._originals[seams.PREFILL](
                 input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration
             )
+        next_length: int | None = n_fed
+        if self._state.config and not new_turn:
+            next_length = 1 if model_kwargs["use_cache"] else None
         with self._model._optimize_model_for_decode():
-            inputs = self._model.prepare_inputs_for_generation(
-                input_ids, next_sequence_length=n_fed, is_first_iteration=new_turn, **model_kwargs
+            inputs = self._originals[seams.NEXT_INPUTS](
+                input_ids,
+                next_sequence_length=next_length,
+                **({"is_first_iteration": True} if new_turn else {}),
+                **model_kwargs,
             )
             return self._model(**inputs, return_dict=True)
+
+    def _refuse_others(self, given: Mapping[str, Any], config: Any) -> None:
+        n_beams = int(self._state.config.get("num_beams") or 1)
+        usual = {"num_beams": n_beams} if self._state.search else {"num_beams": 1, "num_return_sequences": 1}
+        for name, expected in usual.items():
+            value = given.get(name, getattr(config, name, None))
+            if value is not None and value != expected:
+                raise UnsupportedOperationError(
+                    f"resumed.generate({name}=…)",
+                    expected=repr(expected),
+                    found=repr(value),
+                    do="the state has a cache row for each of its sequences; branches come from resumed.fork",
+                )
+        if self._state.search and self._append is not None:
+            raise UnsupportedOperationError(
+                "resumed.generate(append=…)",
+                expected="a state with one sequence for each prompt",
+                found="the running beams of a search",
+                do="finish the search first, and start the next turn from its result",
+            )
+        self._warn_of_assistant(given)
+
+    def _warn_of_assistant(self, given: Mapping[str, Any]) -> None:
+        recorded = next((p.name for p in self._state.processors if p.role == ROLE), None)
+        if recorded == "AssistedCandidateGenerator" and given.get("assistant_model") is None:
+            warnings.warn(
+                "the recorded run had an assistant_model, which was not passed again: what is sampled next will "
+                "differ from it",
+                stacklevel=4,
+            )
 
 
 @contextlib.contextmanager
@@ -221,8 +425,8 @@ def _tokens_fed(model: Any) -> Iterator[list[int]]:
     fed: list[int] = []
 
     def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = kwargs.get("input_ids", args[0] if args else None)
-        given = kwargs.get("inputs_embeds") if given is None else given
+        names = ("decoder_input_ids", "input_ids", "inputs_embeds")
+        given = next((kwargs[name] for name in names if kwargs.get(name) is not None), args[0] if args else None)
         if given is not None:
             fed.append(int(given.shape[1]))
 
@@ -231,15 +435,3 @@ def _tokens_fed(model: Any) -> Iterator[list[int]]:
         yield fed
     finally:
         handle.remove()
-
-
-def _refuse_others(given: Mapping[str, Any], config: Any) -> None:
-    for name, usual in _ONE_SEQUENCE.items():
-        value = given.get(name, getattr(config, name, None))
-        if value is not None and value != usual:
-            raise UnsupportedOperationError(
-                f"resumed.generate({name}=…)",
-                expected=repr(usual),
-                found=repr(value) if isinstance(value, int) else type(value).__name__,
-                do="sample or decode greedily; several branches come from resumed.fork",
-            )

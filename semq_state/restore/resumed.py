@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from semq_state.errors import Difference, UnsupportedOperationError
 from semq_state.generation.random import restore_rng, seed_rng
-from semq_state.generation.seams import base_model, replaced
+from semq_state.generation.seams import base_model
 from semq_state.restore.devices import device_of
 from semq_state.snapshot import Snapshot
 
@@ -21,7 +21,10 @@ _OURS = (
     "attention_mask",
     "position_ids",
     "past_key_values",
+    "cache_params",
     "inputs_embeds",
+    "decoder_input_ids",
+    "encoder_outputs",
 )
 
 
@@ -49,6 +52,8 @@ class Resumed:
         self.accepted = accepted
         self._model = model
         self._inner = base_model(model)
+        path = snapshot.generation.generator
+        self._generator = self._inner.get_submodule(path) if path else self._inner
         self._tokenizer = tokenizer
         self._seed = seed
         self._reused: int | None = None
@@ -67,28 +72,46 @@ class Resumed:
         `input_ids` are all tokens, or only the last where the recorded run was not given all of them either.
 
         Raises:
-            UnsupportedOperationError: every token is in the cache already and the last cannot be taken out.
+            UnsupportedOperationError: every token is in the cache already and the last cannot be taken out, or the
+                state is of a beam search, of guidance or of an assistant.
         """
         from semq_state.caches import can_step_back
+        from semq_state.generation.trees import put_together
         from semq_state.restore.continuation import n_tokens
 
         state, n_all = self.snapshot.generation, n_tokens(self.snapshot)
+        if state.search or state.companions:
+            raise UnsupportedOperationError(
+                "resumed.inputs",
+                expected="a state that a prompt and a cache make up",
+                found="a beam search" if state.search else ", ".join(sorted(state.companions)),
+                do="use resumed.generate, which brings all of it back",
+            )
         ids, cache = state.input_ids.to(self._inner.device), self._cache()
         if state.n_cached == n_all:
-            if not can_step_back(self.snapshot.cache):
+            if not can_step_back(self.snapshot.cache, state.n_cached):
                 raise UnsupportedOperationError(
                     "resumed.inputs",
                     expected="a token that is not in the cache yet",
-                    found="all of them in it, and a sliding window that has dropped what came before",
+                    found="all of them in it, and layers that have folded or dropped what came before",
                     do="use resumed.generate, which starts from the kept logits",
                 )
             cache.crop(-1)
         mask = state.step_inputs.get("attention_mask")
+        if self._generator.config.is_encoder_decoder:
+            tensors = {name: t.to(ids.device) for name, t in state.step_inputs.items()}
+            inputs = put_together(tensors, state.step_values)
+            names: tuple[str, ...] = ("encoder_outputs", "attention_mask")
+            given = {name: inputs[name] for name in names if name in inputs}
+            # The mask's length tells `generate` that all tokens are given, not only new ones.
+            own = inputs.get("decoder_attention_mask")
+            own = ids.new_ones((ids.shape[0], n_all)) if own is None else own
+            return {**given, "decoder_input_ids": ids, "decoder_attention_mask": own, state.cache_argument: cache}
         mask = ids.new_ones((ids.shape[0], n_all)) if mask is None else mask.to(ids.device)
         return {
             "input_ids": ids if ids.shape[1] == n_all else ids[:, -1:],
             "attention_mask": mask,
-            "past_key_values": cache,
+            state.cache_argument: cache,
         }
 
     def generate(
@@ -124,7 +147,9 @@ class Resumed:
             )
         from semq_state.restore.continuation import Continuation
 
-        continuation = Continuation(self.snapshot, self._inner, self._cache(), self._appended(append))
+        continuation = Continuation(
+            self.snapshot, self._generator, self._cache(), self._companions(kwargs), self._appended(append)
+        )
         call = continuation.arguments(kwargs, self._tokenizer)
         if call is None:
             return continuation.nothing_left(kwargs)
@@ -133,8 +158,10 @@ class Resumed:
             restore_rng(self.snapshot.generation.rng)
         else:
             seed_rng(seed)
-        with replaced(self._inner, continuation.replacements()):
-            result = self._model.generate(**call)
+        # A wrapper's `generate` may do more than the model's own; a part of a model has no wrapper.
+        generate = self._model.generate if self._generator is self._inner else None
+        with continuation.in_place():
+            result = continuation.result((generate or self._generator.generate)(**call))
         self._reused = continuation.reused_tokens
         self._warn_if_recomputed()
         return result
@@ -165,7 +192,17 @@ class Resumed:
     def _cache(self) -> Any:
         from semq_state.caches import rebuild_cache
 
-        return rebuild_cache(self.snapshot.cache, partial(device_of, self._inner))
+        return rebuild_cache(self.snapshot.cache, partial(device_of, self._generator))
+
+    def _companions(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        from semq_state.caches import rebuild_cache
+        from semq_state.generation.companions import ASSISTANT
+
+        models = {ASSISTANT: kwargs.get("assistant_model")}
+        return {
+            name: rebuild_cache(cache, partial(device_of, models.get(name) or self._generator))
+            for name, cache in self.snapshot.generation.companions.items()
+        }
 
     def _appended(self, append: torch.Tensor | Sequence[int] | None) -> torch.Tensor | None:
         if append is None:
