@@ -24,7 +24,7 @@ class Case:
     """How one entry of a mapping is tried.
 
     Args:
-        changes: fields over the general reduction of `shrink`, `text_config.num_hidden_layers` say; `...` drops one.
+        changes: fields over the general reduction of `shrink`, `text_config.num_hidden_layers` say; `...` drops.
         config: makes the configuration where reducing the default one is not the way.
         prepare: what has to be done to the built model (a default language, say).
         inputs: what `generate` is given besides its settings, from the model; a text prompt by default.

@@ -1,4 +1,4 @@
-"""transformers' own continuation in memory: what a resume is measured against, and what decides what is possible."""
+"""transformers' own continuation in memory: what decides what is possible."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def uninterrupted(model: Any, inputs: Mapping[str, Any]) -> Any:
 
 
 def continued_in_memory(model: Any, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The logits of the tokens after the first `STOP_AFTER`, from a deep copy of the loop's state at that moment."""
+    """The logits after the first `STOP_AFTER` tokens, from a deep copy of the loop's state at that moment."""
     taken: list[Any] = []
     original = model._update_model_kwargs_for_generation
 
@@ -45,7 +45,9 @@ def continued_in_memory(model: Any, inputs: Mapping[str, Any]) -> list[torch.Ten
     logits = []
     with torch.no_grad():
         while len(logits) < N_NEW - STOP_AFTER:
-            with_cache = model_kwargs.get("use_cache") and any(model_kwargs.get(n) is not None for n in ALL_CACHE_NAMES)
+            with_cache = model_kwargs.get("use_cache") and any(
+                model_kwargs.get(n) is not None for n in ALL_CACHE_NAMES
+            )
             step = model.prepare_inputs_for_generation(
                 ids, next_sequence_length=1 if with_cache else None, **model_kwargs
             )

@@ -9,24 +9,82 @@ N_VOCABULARY = 512
 
 SMALL: dict[str, int] = {
     # widths
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "decoder_hidden_size", "hidden_dim",
-                     "embedding_size", "attention_hidden_size", "projection_dim", "output_dim", "out_hidden_size",
-                     "text_hidden_size", "projector_hidden_size", "adapter_input_size", "audio_hidden_size",
-                     "encoder_hidden_size", "word_embed_proj_dim", "patch_embed_hidden_size",
-                     "projection_hidden_size", "image_text_hidden_size"), 32),
-    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "ffn_dim", "d_ff", "n_inner",
-                     "encoder_ffn_dim", "decoder_ffn_dim", "shared_expert_intermediate_size",
-                     "expert_intermediate_size", "ffn_hidden_size", "feed_forward_size",
-                     "shared_intermediate_size"), 48),
+    **dict.fromkeys(
+        (
+            "hidden_size",
+            "d_model",
+            "n_embd",
+            "embed_dim",
+            "dim",
+            "decoder_hidden_size",
+            "hidden_dim",
+            "embedding_size",
+            "attention_hidden_size",
+            "projection_dim",
+            "output_dim",
+            "out_hidden_size",
+            "text_hidden_size",
+            "projector_hidden_size",
+            "adapter_input_size",
+            "audio_hidden_size",
+            "encoder_hidden_size",
+            "word_embed_proj_dim",
+            "patch_embed_hidden_size",
+            "projection_hidden_size",
+            "image_text_hidden_size",
+        ),
+        32,
+    ),
+    **dict.fromkeys(
+        (
+            "intermediate_size",
+            "moe_intermediate_size",
+            "ffn_dim",
+            "d_ff",
+            "n_inner",
+            "encoder_ffn_dim",
+            "decoder_ffn_dim",
+            "shared_expert_intermediate_size",
+            "expert_intermediate_size",
+            "ffn_hidden_size",
+            "feed_forward_size",
+            "shared_intermediate_size",
+        ),
+        48,
+    ),
     # depth
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers",
-                     "decoder_layers", "num_decoder_layers", "num_encoder_layers", "depth",
-                     "num_hidden_groups", "layers"), 2),
+    **dict.fromkeys(
+        (
+            "num_hidden_layers",
+            "num_layers",
+            "n_layer",
+            "n_layers",
+            "encoder_layers",
+            "decoder_layers",
+            "num_decoder_layers",
+            "num_encoder_layers",
+            "depth",
+            "num_hidden_groups",
+            "layers",
+        ),
+        2,
+    ),
     **dict.fromkeys(("num_query_tokens", "latent_query_num"), 4),
     # heads
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
-                     "swa_num_attention_heads", "decoder_attention_heads", "attention_heads",
-                     "num_attention_heads_per_layer"), 4),
+    **dict.fromkeys(
+        (
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "num_heads",
+            "encoder_attention_heads",
+            "swa_num_attention_heads",
+            "decoder_attention_heads",
+            "attention_heads",
+            "num_attention_heads_per_layer",
+        ),
+        4,
+    ),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads", "swa_num_key_value_heads"), 2),
     **dict.fromkeys(("head_dim", "d_kv", "kv_channels", "attention_head_dim", "swa_head_dim"), 8),
     # latent attention
@@ -38,18 +96,30 @@ SMALL: dict[str, int] = {
     # experts
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts",
-                     "moe_num_shared_experts"), 1),
+    **dict.fromkeys(
+        ("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1
+    ),
     # windows, so that a short run crosses them
-    **dict.fromkeys(("sliding_window", "sliding_window_size", "window_size", "attention_window",
-                     "attention_window_size"), 12),
+    **dict.fromkeys(
+        ("sliding_window", "sliding_window_size", "window_size", "attention_window", "attention_window_size"), 12
+    ),
     "attention_chunk_size": 16,
     # tables
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), N_VOCABULARY),
     "hidden_size_per_layer_input": 8,
     "laurel_rank": 8,
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions",
-                     "max_source_positions", "max_seq_len", "seq_length"), 256),
+    **dict.fromkeys(
+        (
+            "max_position_embeddings",
+            "n_positions",
+            "n_ctx",
+            "max_target_positions",
+            "max_source_positions",
+            "max_seq_len",
+            "seq_length",
+        ),
+        256,
+    ),
     # recurrent layers
     **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), 8),
     **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
@@ -66,8 +136,14 @@ SMALL: dict[str, int] = {
 }
 """Sizes by the names that most configurations use. What fits none stays, unless a table of its own says so."""
 
-PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "attention_types",
-             "indexer_types")
+PER_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "block_types",
+    "attention_types",
+    "indexer_types",
+)
 
 NAMED_LAYERS = ("deepstack_visual_indexes", "fullatt_block_indexes", "global_attn_indexes")
 """Lists of the layers of a vision encoder that are special: the last of two."""
@@ -109,8 +185,10 @@ def _small_fields(config: Any, changes: dict[str, Any]) -> dict[str, Any]:
     if fields.get("forced_eos_token_id") is not None:
         # It would make the last token of the first part another one than that of the whole run.
         fields["forced_eos_token_id"] = None
-    if config.is_encoder_decoder and not parts and all(
-        fields.get(f"{name}_token_id") is None for name in ("bos", "decoder_start")
+    if (
+        config.is_encoder_decoder
+        and not parts
+        and all(fields.get(f"{name}_token_id") is None for name in ("bos", "decoder_start"))
     ):
         fields["decoder_start_token_id"] = 0
     for name in ("rope_parameters", "rope_scaling"):
@@ -133,9 +211,11 @@ def _head_dim(fields: Mapping[str, Any]) -> int:
 def _kept_layers(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The number of layers and all lists of one value a layer, for the first layer of each kind, two at least."""
     depth = next((name for name in DEPTHS if fields.get(name)), None)
-    listed = {} if depth is None else {
-        k: v for k, v in fields.items() if isinstance(v, (list, tuple)) and len(v) == fields[depth] > 2
-    }
+    listed = (
+        {}
+        if depth is None
+        else {k: v for k, v in fields.items() if isinstance(v, (list, tuple)) and len(v) == fields[depth] > 2}
+    )
     kinds = [v for k, v in listed.items() if k in PER_LAYER]
     if depth is None or not kinds:
         return {}

@@ -58,7 +58,7 @@ def tried(mapping: str, name: str, folder: Path) -> Row:
     auto_mapping, cases = MAPPINGS[mapping]
     case = cases[name]
     if case.impossible:
-        return Row(exact=f"no: {case.impossible}", crop="–", batch="–")
+        return Row(exact=f"no: {case.impossible}", crop="-", batch="-")
     model, inputs = build(case, name, auto_mapping), None
     inputs = case.inputs(model)
     whole = generated(model, inputs)
@@ -69,7 +69,7 @@ def tried(mapping: str, name: str, folder: Path) -> Row:
     require_same(sq.restore(loaded, model).generate(return_dict_in_generate=True), whole, STOP_AFTER)
     families = sorted({layer.family for layer in loaded.cache.all_layers()} - {"dummy"})
     return Row(
-        families=", ".join([*families, *sorted(loaded.generation.attributes and {"module attributes"} or ())])
+        families=", ".join([*families, *sorted((loaded.generation.attributes and {"module attributes"}) or ())])
         or "none: computes every step from the start",
         exact="yes",
         crop=_cropped(model, inputs, loaded, whole),
@@ -107,7 +107,10 @@ def _cropped(model: Any, inputs: Mapping[str, Any], snapshot: sq.Snapshot, whole
         cropped, word = snapshot.crop(n_tokens), "yes"
     except sq.UnsupportedOperationError:
         kept = interrupted(model, inputs, checkpoints=(n_tokens,))
-        cropped, word = kept.crop(n_tokens), "at checkpoints"
+        try:
+            cropped, word = kept.crop(n_tokens), "at checkpoints"
+        except sq.UnsupportedOperationError as error:
+            return f"no: {error.found} would have to be cropped too"
     resumed = sq.restore(cropped, model).generate(return_dict_in_generate=True)
     require_same(resumed, whole, CROPPED_AFTER)
     return word
