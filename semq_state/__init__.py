@@ -35,5 +35,7 @@ from semq_state.provenance import Provenance as Provenance
 from semq_state.restore import Resumed as Resumed
 from semq_state.restore import restore as restore
 from semq_state.snapshot import Snapshot as Snapshot
+from semq_state.support import Support as Support
+from semq_state.support import supports as supports
 
 __version__ = "0.1.0"

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from semq_state.caches.base import path_of
 from semq_state.caches.registry import family_of_type
 
 
-def expected_layers(model: Any) -> list[tuple[str, int | None]] | None:
-    """Family id (or the class path of an unknown one) and window of each layer of a fresh default cache.
+def expected_layers(model: Any, kind: str = "dynamic") -> list[tuple[str, int | None]] | None:
+    """Family id (or the class path of an unknown one) and window of each layer of a fresh cache.
 
-    None where the model does not take such a cache, or leaves its layers open until they are used.
+    Args:
+        model: the `PreTrainedModel`.
+        kind: `dynamic` or `static`.
+
+    Returns:
+        One pair for each layer. None where the model does not take such a cache, or leaves its layers open until they are used.
     """
     if not model._supports_default_dynamic_cache():
         return None
     try:
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        config = model.config.get_text_config(decoder=True)
+        cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config, max_cache_len=8)
     except (AttributeError, KeyError, TypeError, ValueError):
         # Some classes make their own in the first forward pass, since their configuration does not describe it.
         return None

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from semq_state.cli.demo import demo
+from semq_state.cli.doctor import doctor
 from semq_state.cli.inspect import inspect
 from semq_state.cli.resume import resume
 from semq_state.cli.run import run
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (run, resume, inspect, verify, demo):
+for command in (run, resume, inspect, verify, doctor, demo):
     app.command()(command)
 
 

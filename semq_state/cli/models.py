@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from semq_state.errors import StoreError
@@ -32,7 +33,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[
     Raises:
         StoreError: there is no such model, or the demo model's package is missing.
     """
-    model = _loaded(AutoModelForCausalLM, name, dtype=dtype)
+    model = _loaded(_auto_class(_loaded(AutoConfig, name)), name, dtype=dtype)
     return model.to(device).eval(), load_tokenizer(name)
 
 
@@ -43,6 +44,19 @@ def load_tokenizer(name: str) -> Any:
         StoreError: as `load_model`.
     """
     return _loaded(AutoTokenizer, name)
+
+
+def _auto_class(config: Any) -> Any:
+    """The auto class that has this configuration's architecture; the first that generates text with it."""
+    classes = {
+        modeling_auto.AutoModelForSeq2SeqLM: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        modeling_auto.AutoModelForImageTextToText: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    }
+    fitting = (auto for auto, mapping in classes.items() if type(config) in mapping)
+    is_pair = getattr(config, "is_encoder_decoder", False)
+    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and not is_pair:
+        return modeling_auto.AutoModelForCausalLM
+    return next(fitting, modeling_auto.AutoModelForCausalLM)
 
 
 def _loaded(kind: Any, name: str, **options: Any) -> Any:

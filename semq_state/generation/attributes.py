@@ -73,6 +73,18 @@ def attributes_set(model: Any, attributes: Mapping[str, torch.Tensor]) -> Iterat
             setattr(module, name, value)
 
 
+@contextlib.contextmanager
+def attributes_put_back(model: Any) -> Iterator[None]:
+    """Gives every attribute that a run sets within the `with` its old value again."""
+    held = {(path, name): (module, value) for path, module, name, value in _tensors(model)}
+    try:
+        yield
+    finally:
+        for path, module, name, _ in list(_tensors(model)):
+            _, value = held.get((path, name), (module, None))
+            setattr(module, name, value)
+
+
 _MISSING = object()
 
 

@@ -219,15 +219,13 @@ def _check_layout(snapshot: Snapshot, model: Any, decoder: Any, require: Any) ->
     cache = snapshot.cache.parts.get("self", snapshot.cache)
     if cache.kind not in ("dynamic", "static") or cache.meta.get("grows"):
         return
-    fresh = expected_layers(model)
+    fresh = expected_layers(model, cache.kind)
     if fresh is None:
         return
     require(len(cache.layers) == len(fresh), "cache", f"{len(fresh)} layers", len(cache.layers))
     for i, (layer, expected) in enumerate(zip(cache.layers, fresh, strict=True)):
         name, window = expected
-        found = layer.family.replace("static-indexed", "indexed").replace("static", "dynamic")
-        found = found.replace("dynamic-sliding", "sliding")
-        require(found == name, f"layer {i}", f"a {name!r} layer", repr(layer.family))
+        require(layer.family == name, f"layer {i}", f"a {name!r} layer", repr(layer.family))
         if window is not None and "window" in layer.meta:
             require(layer.meta["window"] == window, f"layer {i}", f"a window of {window}", layer.meta["window"])
     # Where a configuration has several counts of heads, only the model knows which layer has which.

@@ -165,7 +165,7 @@ class CacheState:
                     f"layer {i}, {error.where}", expected=error.expected, found=error.found
                 ) from error
         parts = {
-            name: part.crop(n_tokens, kept.parts[name] if kept else None) if self._grows(name) else part
+            name: part.crop(n_tokens, kept.parts[name] if kept else None) if self.grows(name) else part
             for name, part in self.parts.items()
         }
         return CacheState(self.kind, tuple(layers), self.meta, parts)
@@ -176,10 +176,10 @@ class CacheState:
             x if x.layout.cropping in ("window", "never") and x.tensors else LayerState("dummy", {})
             for x in self.layers
         )
-        growing = {name: part.uncroppable() for name, part in self.parts.items() if self._grows(name)}
+        growing = {name: part.uncroppable() for name, part in self.parts.items() if self.grows(name)}
         return CacheState(self.kind, layers, {}, growing)
 
-    def _grows(self, part: str) -> bool:
+    def grows(self, part: str) -> bool:
         """Whether a part holds the sequence itself. A cross-attention that saw an encoder does not."""
         return part != "cross" or not any(seen for _, seen in self.meta.get("is_updated", ()))
 

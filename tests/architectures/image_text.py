@@ -256,14 +256,6 @@ EMU3_WORDS = {"<image>": IMAGE_TOKEN, "<|extra_200|>": 499} | {
 DOTS3_SLIDING = {"num_attention_heads": 8, "num_key_value_heads": 8, "kv_lora_rank": 32, "qk_nope_head_dim": 48}
 BOXES = torch.linspace(0, 1, 4 * N_PROMPT).reshape(1, N_PROMPT, 4)
 
-LOOP_IN = {
-    "blip": "text_decoder",
-    "blip-2": "language_model",
-    "instructblip": "language_model",
-    "instructblipvideo": "language_model",
-    "kosmos-2": "text_model",
-}
-"""Where `generate` of the whole hands over to the one of a part: the loop and its state are that part's."""
 
 DEFAULT = Case(inputs=image)
 

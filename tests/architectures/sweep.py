@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +16,15 @@ from transformers.generation.streamers import BaseStreamer
 import semq_state as sq
 from architectures import causal, image_text, seq2seq
 from architectures.cases import Case, build, tokens
-from architectures.reference import N_NEW, SETTINGS, STOP_AFTER
 
+SETTINGS = {
+    "do_sample": False,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
+N_NEW, STOP_AFTER = 12, 5
 MAPPINGS: dict[str, tuple[Any, Mapping[str, Case]]] = {
     "causal": (auto.MODEL_FOR_CAUSAL_LM_MAPPING, causal.CASES),
     "seq2seq": (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, seq2seq.CASES),
@@ -67,14 +73,24 @@ def tried(mapping: str, name: str, folder: Path) -> Row:
     sq.save(snapshot, file, codec="raw")
     loaded = sq.load(file)
     require_same(sq.restore(loaded, model).generate(return_dict_in_generate=True), whole, STOP_AFTER)
-    families = sorted({layer.family for layer in loaded.cache.all_layers()} - {"dummy"})
     return Row(
-        families=", ".join([*families, *sorted((loaded.generation.attributes and {"module attributes"}) or ())])
-        or "none: computes every step from the start",
+        families=kept_by(loaded),
         exact="yes",
         crop=_cropped(model, inputs, loaded, whole),
         batch=_batched(model, inputs),
     )
+
+
+def kept_by(snapshot: sq.Snapshot) -> str:
+    """The kind of cache and the families of its layers, and what else of the model is in the state."""
+    families = sorted({layer.family for layer in snapshot.cache.all_layers() if layer.tensors})
+    if not families:
+        return "none, every step starts from the first token"
+    kind = snapshot.cache.kind
+    text = ", ".join(families) if kind == "dynamic" else f"{kind} ({', '.join(families)})"
+    others = sorted({path.rpartition(".")[2] for path in snapshot.generation.attributes})
+    others += sorted(snapshot.generation.companions)
+    return " + ".join([text, *others])
 
 
 def generated(model: Any, inputs: Mapping[str, Any], **settings: Any) -> Any:
@@ -82,11 +98,13 @@ def generated(model: Any, inputs: Mapping[str, Any], **settings: Any) -> Any:
     return model.generate(**copy.deepcopy(dict(inputs)), **{**SETTINGS, "max_new_tokens": N_NEW, **settings})
 
 
-def interrupted(model: Any, inputs: Mapping[str, Any], **capture: Any) -> sq.Snapshot:
+def interrupted(
+    model: Any, inputs: Mapping[str, Any], settings: Mapping[str, Any] | None = None, **capture: Any
+) -> sq.Snapshot:
     """The state of the same run, stopped while the token after number `STOP_AFTER` is computed."""
     with sq.capture(model, weights="sampled", **capture) as run:
         try:
-            generated(model, inputs, streamer=_StopAfter(STOP_AFTER))
+            generated(model, inputs, **(settings or {}), streamer=_StopAfter(STOP_AFTER))
         except StoppedError:
             return run.snapshot()
     raise AssertionError("the run was not stopped")
@@ -131,10 +149,6 @@ def _batched(model: Any, inputs: Mapping[str, Any]) -> str:
     snapshot = interrupted(model, double)
     require_same(sq.restore(snapshot, model).generate(return_dict_in_generate=True), whole, STOP_AFTER)
     return "yes"
-
-
-def as_cells(row: Row) -> tuple[str, ...]:
-    return dataclasses.astuple(row)
 
 
 def quiet() -> None:
