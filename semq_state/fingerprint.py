@@ -69,6 +69,7 @@ class _Remembered:
 
 def mark_weights(model: Any) -> WeightsMark:
     """Remembers which weights `model` holds now, without reading them."""
+    _settle(model)
     return WeightsMark({name: (weakref.ref(t), _version(t)) for name, t in _weights(model)})
 
 
@@ -90,6 +91,7 @@ def weights_digest(model: Any, mode: str = "full") -> str:
     """
     if mode not in MODES:
         raise ValueError(f"`weights` must be one of {MODES}, got {mode!r}")
+    _settle(model)
     known = _remembered.setdefault(model, {}).get(mode)
     if known and not known.mark.changed(model) and known.guard == _guard(model):
         return known.digest
@@ -158,6 +160,13 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 @functools.cache
+def _settle(model: Any) -> None:
+    """Has RWKV divide its weights now, as its first forward pass would: the digest is of what computes."""
+    decoder: Any = getattr(model, "base_model", None)
+    if hasattr(decoder, "_rescale_layers"):
+        decoder._rescale_layers()
+
+
 def _library_versions() -> dict[str, str]:
     return {name: version(name) for name in _LIBRARIES}
 

@@ -1,4 +1,4 @@
-"""`sq.supports`: what of a model's state is kept and what is missing, said beforehand by trying it on a few tokens."""
+"""`sq.supports`: what of a model's state is kept and what is missing, said beforehand by trying a few tokens."""
 
 from __future__ import annotations
 

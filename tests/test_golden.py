@@ -8,9 +8,14 @@ import pytest
 import torch
 
 import semq_state as sq
+from semq_state.generation.trees import put_together
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("v*.safetensors"))
-STATE_IDS = {"v1": "sha256:8e974fba87f81f07f6ba89d93546d90b66681a19afbd7c99cddcb78980b3d58a"}
+STATE_IDS = {
+    "v1": "sha256:8e974fba87f81f07f6ba89d93546d90b66681a19afbd7c99cddcb78980b3d58a",
+    "v2": "sha256:1d28bd8c357b09eca898f71a7a377afd4021cabe321cf7d0ad75f72f62b719e4",
+}
+V1, V2 = ([path for path in GOLDEN if path.stem.startswith(version)] for version in STATE_IDS)
 
 
 def test_there_is_a_file_of_every_version_and_codec() -> None:
@@ -19,10 +24,41 @@ def test_there_is_a_file_of_every_version_and_codec() -> None:
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_golden_file_is_read(path: Path) -> None:
+def test_golden_file_has_its_identity(path: Path, tmp_path: Path) -> None:
+    version = path.stem.partition("-")[0]
     snapshot = sq.load(path)
-    assert snapshot.state_id == STATE_IDS[path.stem.partition("-")[0]]
+    assert snapshot.state_id == STATE_IDS[version]
     assert sq.verify(path).passed
+    assert sq.inspect(path).as_dict()["format_version"] == int(version[1:])
+    # The state is the same, and so its identity, in whatever version it is saved again.
+    assert sq.save(snapshot, tmp_path / "again.safetensors").state_id == STATE_IDS[version]
+
+
+@pytest.mark.parametrize("path", V2, ids=lambda path: path.stem)
+def test_golden_file_of_version_2_is_read(path: Path) -> None:
+    snapshot = sq.load(path)
+    own, cross = snapshot.cache.parts["self"], snapshot.cache.parts["cross"]
+    assert (snapshot.cache.kind, own.kind, cross.kind) == ("encoder-decoder", "static", "dynamic")
+    assert [layer.family for layer in own.layers] == ["static", "linear", "indexed", "fp8"]
+    assert own.layers[1].tensors["conv.0"].shape == (2, 4, 3)
+    assert own.layers[3].tensors["keys"].dtype == torch.float8_e4m3fn
+    assert cross.layers[0].tensors["keys"].equal(own.layers[0].tensors["keys"][:, :, :3])
+    state = snapshot.generation
+    assert state.search["scores"].tolist() == [[-3.0], [0.0]]
+    assert state.companions["assistant"].layers[1].meta["window"] == 4
+    assert state.attributes["model.rope_deltas"].tolist() == [[-3], [4]]
+    assert (state.cache_argument, state.generator) == ("cache_params", "language_model")
+    outputs = put_together(state.step_inputs, state.step_values)["encoder_outputs"]
+    assert outputs.attentions is None and outputs[0].stride(1) == 1
+    (checkpoint,) = snapshot.checkpoints
+    assert checkpoint.n_tokens == 5
+    assert checkpoint.cache.parts["self"].layers[1].tensors["recurrent.0"].shape == (2, 2, 4, 4)
+    assert checkpoint.rng["cpu"].tolist() == list(reversed(range(200)))
+
+
+@pytest.mark.parametrize("path", V1, ids=lambda path: path.stem)
+def test_golden_file_of_version_1_is_read(path: Path) -> None:
+    snapshot = sq.load(path)
     assert [layer.family for layer in snapshot.cache.layers] == ["dynamic", "sliding", "dummy"]
     full, sliding, _ = snapshot.cache.layers
     assert full.tensors["keys"].dtype == torch.bfloat16

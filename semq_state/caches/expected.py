@@ -18,7 +18,8 @@ def expected_layers(model: Any, kind: str = "dynamic") -> list[tuple[str, int | 
         kind: `dynamic` or `static`.
 
     Returns:
-        One pair for each layer. None where the model does not take such a cache, or leaves its layers open until they are used.
+        One pair for each layer. None where the model does not take such a cache, or leaves its layers open until
+        they are used.
     """
     if not model._supports_default_dynamic_cache():
         return None

@@ -101,7 +101,8 @@ class LinearAnd(AbstractFamily):
     def dump(self, layer: Any, mark: Mark) -> LayerState:
         linear, attention = self._linear.dump(layer, mark[0]), self._attention.dump(layer, mark[1])
         tensors = {**linear.tensors, **attention.tensors}
-        return LayerState(self.id, tensors, {**linear.meta, **attention.meta, "filled": bool(tensors)})
+        meta = {**linear.meta, **attention.meta, "filled": bool(tensors), "attends": bool(attention.tensors)}
+        return LayerState(self.id, tensors, meta)
 
     def empty(self, state: LayerState) -> Any:
         return self._make(state.meta)
@@ -120,6 +121,13 @@ class LinearAnd(AbstractFamily):
     def check(self, state: LayerState, batch_size: int, where: str) -> None:
         super().check(state, batch_size, where)
         check_linear(state, where)
+        if state.meta.get("attends") is not ("keys" in state.tensors and "values" in state.tensors):
+            raise IncompleteStateError(
+                where,
+                expected="keys and values" if state.meta.get("attends") else "no keys",
+                found=", ".join(sorted(state.tensors)) or "none",
+                do="its attention would start anew; take the snapshot again",
+            )
         if "keys" in state.tensors:
             attention = {name: state.tensors[name] for name in ("keys", "values") if name in state.tensors}
             self._attention.check(LayerState(self._attention.id, attention, state.meta), batch_size, where)

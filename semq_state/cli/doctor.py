@@ -55,7 +55,7 @@ def _words(found: sq.Support, told: dict[str, Any]) -> dict[str, str]:
         layers = ", ".join(f"{n} {family}" for family, n in found.families.items())
         words |= {
             "kept": f"{found.cache} cache ({layers}){''.join(f' + {other}' for other in found.others)}",
-            "size": f"{found.bytes_per_token:,} bytes a token and {found.fixed_bytes:,} bytes beside, for each row, raw",
+            "size": f"{found.bytes_per_token:,} bytes a token and {found.fixed_bytes:,} beside, for each row, raw",
             "crop": found.crop,
         }
     return {**words, "missing": found.missing or "nothing: resumed in the middle, the same logits bit for bit"}

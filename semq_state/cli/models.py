@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
@@ -55,8 +55,8 @@ def _auto_class(config: Any) -> Any:
     fitting = (auto for auto, mapping in classes.items() if type(config) in mapping)
     is_pair = getattr(config, "is_encoder_decoder", False)
     if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and not is_pair:
-        return modeling_auto.AutoModelForCausalLM
-    return next(fitting, modeling_auto.AutoModelForCausalLM)
+        return AutoModelForCausalLM
+    return next(fitting, AutoModelForCausalLM)
 
 
 def _loaded(kind: Any, name: str, **options: Any) -> Any:

@@ -42,8 +42,8 @@ class LayerState:
         """Whether the state after `n_tokens` cached tokens can still be told from this one."""
         if self.layout.cropping == "window" and self.tensors:
             # A full window has dropped the tokens before it.
-            n_seen = int(self.meta["n_seen"])
-            return n_tokens == n_seen or self.tensors["keys"].shape[-2] == n_seen
+            n_seen, keys = self.meta.get("n_seen"), self.tensors.get("keys")
+            return n_tokens == n_seen or (keys is not None and keys.shape[-2] == n_seen)
         return self.layout.cropping != "never" or not self.tensors
 
     def crop(self, n_tokens: int) -> LayerState:
@@ -54,6 +54,11 @@ class LayerState:
         """
         if self.is_fixed or self.layout.cropping == "whole" or not self.tensors:
             return self
+        axes = {name: self.layout.of(name).token_axis for name in self.tensors}
+        if any(a is not None and n_tokens > self.tensors[n].shape[a] for n, a in axes.items()):
+            raise UnsupportedOperationError(
+                f"a {self.family!r} layer", expected=f"at least {n_tokens} tokens", found="fewer"
+            )
         if not self.can_crop(n_tokens):
             raise UnsupportedOperationError(
                 f"a {self.family!r} layer",
@@ -61,9 +66,7 @@ class LayerState:
                 found="a full window" if self.layout.cropping == "window" else "one into which the past is folded",
             )
         tensors = {
-            name: tensor.narrow(axis, 0, n_tokens)
-            if (axis := self.layout.of(name).token_axis) is not None
-            else tensor
+            name: tensor if (axis := axes[name]) is None else tensor.narrow(axis, 0, n_tokens)
             for name, tensor in self.tensors.items()
         }
         meta = {**self.meta, "n_seen": n_tokens} if "n_seen" in self.meta else self.meta

@@ -242,8 +242,8 @@ class Snapshot:
     def to(self, device: str | torch.device | None = None, *, dtype: torch.dtype | None = None) -> Snapshot:
         """The state on another device and, only when asked by name, with floats of another dtype.
 
-        A restore moves a state to its model's device by itself. A change of dtype is a change of the state: a
-        restore under a model of that dtype must still be told `allow=("dtype", …)`.
+        A restore moves a state to its model's device by itself. A change of dtype makes another state, for a model
+        of that dtype: its provenance says so, and the model that made the present one is refused.
 
         Args:
             device: where the tensors shall lie; where they are by default.
@@ -256,7 +256,6 @@ class Snapshot:
             raise UnsupportedOperationError("to", expected="a device", found=str(device), do=f"pass dtype={device}")
         if dtype is not None and not dtype.is_floating_point:
             raise UnsupportedOperationError("to", expected="a floating dtype", found=str(dtype))
-        changes = dtype is not None
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
@@ -280,8 +279,10 @@ class Snapshot:
                 companions={name: c.map(moved) for name, c in state.companions.items()},
                 attributes=all_of(state.attributes, moved),
             ),
-            provenance=self.provenance,
-            known_digests={} if changes else self.known_digests,
+            provenance=dataclasses.replace(self.provenance, dtype=str(dtype).removeprefix("torch."))
+            if dtype is not None
+            else self.provenance,
+            known_digests={} if dtype is not None else self.known_digests,
             checkpoints=tuple(
                 dataclasses.replace(c, cache=c.cache.map(moved), attributes=all_of(c.attributes, moved))
                 for c in self.checkpoints

@@ -31,10 +31,10 @@ def written(rows: Rows, version: str) -> str:
     lines = [
         "# What is supported",
         "",
-        "Written by `make support`, checked by `make test`: do not edit. Every entry of transformers' mappings is built",
-        "small with random weights, generates, is interrupted in the middle, saved, loaded, and resumed; **raw logits",
-        "and tokens of what follows must equal those of the uninterrupted run bit for bit**, at lengths that cross",
-        f"sliding windows and chunks. With transformers {version}.",
+        "Written by `make support`, checked by `make test`: do not edit. Every entry of transformers' mappings is",
+        "built small with random weights, generates, is interrupted in the middle, saved, loaded, resumed: **raw",
+        "logits and tokens of what follows equal those of the uninterrupted run bit for bit**, at lengths that",
+        f"cross sliding windows and chunks. With transformers {version}.",
         "",
         "| mapping | entries | exact resume | crop to any count | crop at checkpoints | batch |",
         "|---|---|---|---|---|---|",
@@ -49,10 +49,11 @@ def written(rows: Rows, version: str) -> str:
         lines.append(f"| {TITLES[mapping]} | {len(found)} | {' | '.join(map(str, count))} |")
     lines += [
         "",
-        "**What is kept**: the kind of cache where it is not the default one, the families of its layers (`FORMAT.md`",
-        "says what they hold), and what the model keeps elsewhere (`rope_deltas`, states in modules, further caches).",
-        "**Crop**: `yes` where `Snapshot.crop` gives the state after any earlier token, `at checkpoints` where layers",
-        "forget and `capture(checkpoints=…)` has to keep what they hold; both are tested with the logits that follow.",
+        "**What is kept**: the kind of cache where it is not the default one, the families of its layers",
+        "(`FORMAT.md` says what they hold), and what the model keeps elsewhere (`rope_deltas`, states in modules,",
+        "further caches). **Crop**: `yes` where `Snapshot.crop` gives the state after any earlier token, `at",
+        "checkpoints` where layers forget and `capture(checkpoints=…)` has to keep what they hold; both are tested",
+        "with the logits that follow.",
         "**Batch**: the same with two rows. A no says why.",
     ]
     for mapping, found in rows.items():

@@ -84,7 +84,7 @@ def read(folder: Path) -> None:
         whole = torch.load(folder / f"{run}.pt")
         found[run] = {
             "families": sorted({layer.family for layer in snapshot.cache.all_layers()}),
-            "kinds": sorted(_kinds(snapshot.cache)),
+            "kinds": sorted(_kinds(snapshot.cache).union(*map(_kinds, snapshot.generation.companions.values()))),
             "others": sorted({*snapshot.generation.companions, *snapshot.generation.attributes}),
             "reused": [resumed.reused_tokens, snapshot.n_tokens],
             "tokens": bool(torch.equal(out.sequences, whole["sequences"])),

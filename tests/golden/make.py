@@ -5,17 +5,18 @@ python tests/golden/make.py VERSION
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import torch
 
 import semq_state as sq
-from semq_state.snapshot import CacheState, GenerationState, LayerState, ProcessorState
+from semq_state.snapshot import CacheState, Checkpoint, GenerationState, LayerState, ProcessorState
 
 
-def snapshot() -> sq.Snapshot:
-    """A small state with every family and dtype of note, from arithmetic alone."""
+def version_1() -> sq.Snapshot:
+    """A small state with every family and dtype of version 1, from arithmetic alone."""
     ramp = torch.arange(2 * 2 * 6 * 8, dtype=torch.float32).reshape(2, 2, 6, 8)
     keys = (torch.sin(ramp) * 3).to(torch.bfloat16)
     values = torch.cos(ramp)
@@ -46,7 +47,82 @@ def snapshot() -> sq.Snapshot:
         config={"do_sample": True, "temperature": 0.7, "max_length": 20, "eos_token_id": [2, 3]},
         processors=(ProcessorState("logits", "Counting", {"seen": torch.ones(3)}, {"n": 3}),),
     )
-    provenance = sq.Provenance(
+    return sq.Snapshot(cache, generation, _provenance())
+
+
+def version_2() -> sq.Snapshot:
+    """What version 2 brought: parts, in-place and recurrent families, a search, companions, attributes, nested
+    inputs and checkpoints."""
+    first = version_1()
+    ramp = torch.arange(2 * 2 * 6 * 8, dtype=torch.float32).reshape(2, 2, 6, 8)
+    keys, values = torch.sin(ramp), torch.cos(ramp).to(torch.bfloat16)
+    scale = torch.tensor(0.25)
+    own = CacheState(
+        "static",
+        (
+            LayerState(
+                "static", {"keys": keys, "values": values}, {"max_length": 16, "n_seen": 6, "filled": True}
+            ),
+            LayerState(
+                "linear",
+                {"conv.0": keys[:, 0, :4, :3], "recurrent.0": torch.exp(-ramp[:, :, :4, :4] / 50)},
+                {"n_states": 1, "has_previous": [True], "kernel_sizes": [3], "recurrent": [True], "filled": True},
+            ),
+            LayerState(
+                "indexed",
+                {"keys": keys, "values": values, "index_keys": keys[:, 0]},
+                {"filled": True, "holds": ["index_keys", "keys", "values"]},
+            ),
+            LayerState(
+                "fp8",
+                {
+                    "keys": keys.to(torch.float8_e4m3fn), "values": keys.to(torch.float8_e4m3fn),
+                    "key_scale": scale, "value_scale": scale,
+                },
+                {"n_seen": 6, "dtype": "float32", "filled": True},
+            ),
+        ),
+        {"grows": False},
+    )  # fmt: skip
+    cross = CacheState(
+        "dynamic", (LayerState("dynamic", {"keys": keys[:, :, :3], "values": values[:, :, :3]}, {"filled": True}),)
+    )
+    cache = CacheState("encoder-decoder", (), {"is_updated": [[0, True]]}, {"self": own, "cross": cross})
+    generation = dataclasses.replace(
+        first.generation,
+        step_inputs={
+            **first.generation.step_inputs,
+            "encoder_outputs.last_hidden_state": torch.sin(ramp[:, 0]),
+        },
+        step_values={
+            "use_cache": True,
+            "encoder_outputs": {
+                "output": [
+                    ["last_hidden_state", {"tensor": "encoder_outputs.last_hidden_state", "order": [0, 2, 1]}],
+                    ["attentions", None],
+                ]
+            },
+        },
+        search={"scores": torch.linspace(-3, 0, 2)[:, None], "is_done": torch.tensor(False)},
+        companions={"assistant": CacheState("dynamic", first.cache.layers, {"grows": False})},
+        attributes={"model.rope_deltas": torch.tensor([[-3], [4]])},
+        cache_argument="cache_params",
+        generator="language_model",
+    )
+    kept = Checkpoint(
+        5,
+        CacheState(
+            "static", (LayerState("dummy", {}), own.layers[1], LayerState("dummy", {}), LayerState("dummy", {}))
+        ),
+        {"cpu": torch.arange(200, dtype=torch.uint8).flip(0)},
+        {"model.rope_deltas": torch.tensor([[-3], [4]])},
+    )
+    checkpoint = dataclasses.replace(kept, cache=CacheState("encoder-decoder", (), {}, {"self": kept.cache}))
+    return sq.Snapshot(cache, generation, _provenance(), checkpoints=(checkpoint,))
+
+
+def _provenance() -> sq.Provenance:
+    return sq.Provenance(
         weights=f"sha256:{'ab' * 32}",
         config={"model_type": "llama", "num_hidden_layers": 3},
         rope={"rope_type": "default", "rope_theta": 10000.0},
@@ -61,10 +137,10 @@ def snapshot() -> sq.Snapshot:
         threads=2,
         created="2026-11-22T00:00:00+00:00",
     )
-    return sq.Snapshot(cache, generation, provenance)
 
 
 if __name__ == "__main__":
+    made = {"1": version_1, "2": version_2}[sys.argv[1]]()
     for codec in ("exact", "exact-max", "raw"):
-        info = sq.save(snapshot(), Path(__file__).parent / f"v{sys.argv[1]}-{codec}.safetensors", codec=codec)
+        info = sq.save(made, Path(__file__).parent / f"v{sys.argv[1]}-{codec}.safetensors", codec=codec)
         print(info.path, info.state_id)
