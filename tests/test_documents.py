@@ -36,3 +36,25 @@ def test_every_room_is_in_the_architecture() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
     for room in rooms - {"__init__", "__main__"}:
         assert f"`{room}.py`" in text or f"`{room}/`" in text, room
+
+
+def test_every_family_and_kind_is_in_the_format() -> None:
+    from semq_state.caches import FAMILIES, KINDS
+    from semq_state.layouts import LAYOUTS
+
+    text = (
+        (ROOT / "FORMAT.md")
+        .read_text()
+        .replace("`…-static`", "`minimax-m3-sparse-static` `reference-sliding-static`")
+    )
+    for name in {*FAMILIES, *KINDS, *LAYOUTS}:
+        assert f"`{name}`" in text, name
+    assert set(FAMILIES) <= set(LAYOUTS)
+
+
+def test_the_architectures_in_the_readme_are_those_of_the_sweep() -> None:
+    page, text = (ROOT / "docs" / "SUPPORT.md").read_text(), (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| [A-Z][a-z ]+ \| (\d+) \| (\d+) \|", page, re.MULTILINE)
+    assert len(rows) == 3
+    for entries, exact in rows:
+        assert f"{exact} of {entries}" in " ".join(text.split())
