@@ -45,7 +45,7 @@ contracts: $(VENV)/.dev
 
 # Fast tests first, one process a core; those with the demo model after them, one with all cores.
 fast: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist loadgroup -m 'not smollm2 and not gemma3'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist loadgroup -m 'not smollm2 and not gemma3 and not slow'
 
 # The libraries behind two of transformers' quantised caches stay in a folder of their own: where transformers finds
 # one of them, it imports half of torch's compiler at every start.
@@ -56,7 +56,7 @@ quantized: $(VENV)/quantized
 	PYTHONPATH=$(VENV)/quantized $(BIN)/pytest -q -W ignore tests/test_ways.py -k quantized_cache
 
 slow: $(VENV)/.dev
-	$(BIN)/pytest -q -m 'smollm2 or gemma3'
+	$(BIN)/pytest -q -m 'smollm2 or gemma3 or slow'
 
 # docs/SUPPORT.md, from every architecture that the installed transformers knows.
 support: $(VENV)/.dev

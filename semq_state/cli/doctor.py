@@ -12,7 +12,7 @@ import typer
 
 import semq_state as sq
 from semq_state.cli.generating import Json
-from semq_state.cli.models import load_model
+from semq_state.cli.models import load_alone
 
 
 def doctor(
@@ -23,8 +23,7 @@ def doctor(
 ) -> None:
     """Generates a few tokens, interrupts and resumes. Exit code 0 where that was exact, 1 where the state cannot be
     kept."""
-    live, _ = load_model(model, dtype=dtype, device=device)
-    found = sq.supports(live)
+    found = sq.supports(load_alone(model, dtype=dtype, device=device))
     told = {**found.as_dict(), **_machine(device)}
     if as_json:
         print(json.dumps(told, indent=2))

@@ -33,8 +33,16 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[
     Raises:
         StoreError: there is no such model, or the demo model's package is missing.
     """
-    model = _loaded(_auto_class(_loaded(AutoConfig, name)), name, dtype=dtype)
-    return model.to(device).eval(), load_tokenizer(name)
+    return load_alone(name, dtype=dtype, device=device), load_tokenizer(name)
+
+
+def load_alone(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
+    """The model without a tokenizer.
+
+    Raises:
+        StoreError: as `load_model`.
+    """
+    return _loaded(_auto_class(_loaded(AutoConfig, name)), name, dtype=dtype).to(device).eval()
 
 
 def load_tokenizer(name: str) -> Any:

@@ -56,7 +56,9 @@ def run(
             out = live.generate(**inputs, streamer=shown, **options)
     except KeyboardInterrupt:
         raise generating.interrupted(save) from None
-    generating.report(out, tokenizer, inputs["input_ids"].shape[1], save, as_json=as_json)
+    # A decoder beside an encoder starts from one token of its own.
+    n_prompt = 1 if live.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    generating.report(out, tokenizer, n_prompt, save, as_json=as_json)
 
 
 def _encoded(tokenizer: Any, text: str, chat: bool) -> Any:

@@ -386,7 +386,14 @@ class Continuation:
                 **({"is_first_iteration": True} if new_turn else {}),
                 **model_kwargs,
             )
-            return self._model(**inputs, return_dict=True)
+            return self._forward(model_kwargs, generation_config)(**inputs, return_dict=True)
+
+    def _forward(self, model_kwargs: dict[str, Any], generation_config: Any) -> Any:
+        """The forward pass as the interrupted loop called it: compiled where `generate` compiles its steps."""
+        is_step = bool(self._state.config) and self._append is None and not self._state.search
+        if is_step and self._model._valid_auto_compile_criteria(model_kwargs, generation_config):
+            return self._model.get_compiled_call(generation_config.compile_config)
+        return self._model
 
     def _refuse_others(self, given: Mapping[str, Any], config: Any) -> None:
         n_beams = int(self._state.config.get("num_beams") or 1)
