@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Collection
 from typing import Any
 
 import torch
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from semq_state.caches import can_step_back, check_cache, expected_layers, n_cached
 from semq_state.errors import Difference, IncompleteStateError, ModelMismatchError
 from semq_state.fingerprint import fingerprint
+from semq_state.generation.companions import ASSISTANT, GUIDANCE
 from semq_state.generation.seams import generators
 from semq_state.generation.trees import put_together
 from semq_state.provenance import IDENTITY, advice, identity_differences
@@ -143,6 +146,11 @@ def check_state(snapshot: Snapshot, model: Any) -> None:
     _check_lengths(snapshot.cache, decoder, n_all)
     check_cache(snapshot.cache, _n_cache_rows(snapshot, batch), state.n_cached)
     require(state.n_cached <= n_all, "n_cached", f"at most {n_all} tokens", state.n_cached)
+    require(state.cache_argument in ALL_CACHE_NAMES, "cache_argument", f"one of {', '.join(ALL_CACHE_NAMES)}",
+            repr(state.cache_argument))  # fmt: skip
+    taken = inspect.signature(model.forward).parameters
+    others = sorted(set(state.companions) - {GUIDANCE, ASSISTANT} - set(taken))
+    require(not others, "companions", "those that the model takes", ", ".join(others))
     for companion in state.companions.values():
         counted = n_cached(companion)
         check_cache(companion, _rows_of(companion), counted or 0, "companion")

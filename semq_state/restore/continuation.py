@@ -22,8 +22,9 @@ from transformers.generation.utils import (
     GenerateEncoderDecoderOutput,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
-from semq_state.caches import n_cached
+from semq_state.caches import NO_CACHE, n_cached
 from semq_state.errors import UnsupportedOperationError
 from semq_state.generation import seams
 from semq_state.generation.attributes import attributes_set
@@ -40,7 +41,6 @@ from semq_state.generation.settings import rebuild_config
 from semq_state.generation.trees import put_together
 from semq_state.restore.beams import BeamWalk
 from semq_state.snapshot import Snapshot
-from semq_state.snapshot.generation import CACHE_ARGUMENT
 
 _POSITIONS = "_prepare_position_ids_for_generation"
 _FORWARD = "forward"
@@ -49,6 +49,10 @@ _PREPARATION = (
     seams.MODEL_INPUTS, seams.ENCODER, seams.DECODER_INPUTS, seams.EXPAND, seams.PREPARE_CACHE, seams.VALIDATE,
     _POSITIONS,
 )  # fmt: skip
+
+_TAKES_SEVERAL = (NO_CACHE, "dynamic", "static", "quantized", "encoder-decoder", "minimax")
+_ONE_BY_ONE = ("blt", "idefics", "moshi", "prophetnet")
+"""Architectures whose steps of several tokens after a cache transformers refuses, or computes otherwise."""
 
 _CALLED = (
     seams.NEXT_INPUTS, seams.STEP_TAKEN, seams.TOP_CONTINUATIONS, seams.RUNNING_BEAMS, seams.FINISHED_BEAMS,
@@ -105,9 +109,13 @@ class Continuation:
         self._is_assisted = False
         self._is_prepared = False
         self._n_tokens = n_tokens(snapshot)
-        # transformers' own prefill asks the cache how many tokens it has seen.
-        is_default = self._state.cache_argument == CACHE_ARGUMENT and not model.config.is_encoder_decoder
-        self._counts = is_default and (cache is None or n_cached(snapshot.cache) is not None)
+        # Recurrent states and odd caches go on rightly from steps of one token only.
+        self._one_by_one = (
+            n_cached(snapshot.cache) is None
+            or snapshot.cache.kind not in _TAKES_SEVERAL
+            or any(not path.endswith("rope_deltas") for path in self._state.attributes)
+            or model.config.model_type in _ONE_BY_ONE
+        )
         if append is not None:
             self._ids = torch.cat([self._ids, append], dim=-1)
             self._n_tokens += append.shape[1]
@@ -223,10 +231,6 @@ class Continuation:
         if self._append is not None:
             for name in (seams.LOGITS_PROCESSORS, seams.STOPPING_CRITERIA, seams.CANDIDATES):
                 del found[name]
-            if not self._model.config.is_encoder_decoder:
-                # The next turn's own preparation, which knows how the model counts positions after an image.
-                for name in (seams.MODEL_INPUTS, seams.PREPARE_CACHE, seams.VALIDATE, _POSITIONS):
-                    del found[name]
         else:
             if not self._state.config:
                 del found[_POSITIONS]
@@ -258,10 +262,7 @@ class Continuation:
             mask = ids.new_ones((ids.shape[0], self._n_tokens))
         elif self._append is not None:
             mask = torch.cat([mask, mask.new_ones(self._append.shape)], dim=-1)
-        tensors = {"input_ids": ids, "attention_mask": mask}
-        if self._append is None or self._cache is None:
-            return tensors
-        return {**tensors, self._state.cache_argument: self._cache}
+        return {"input_ids": ids, "attention_mask": mask}
 
     def _model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> Any:
         ids = model_kwargs.pop("decoder_input_ids", None)
@@ -348,7 +349,7 @@ class Continuation:
         is_first_iteration: bool = True,
     ) -> Any:
         with _tokens_fed(self._model) as fed:
-            outputs = self._next_step(input_ids, generation_config, model_kwargs, is_first_iteration)
+            outputs = self._next_step(input_ids, generation_config, model_kwargs)
         self.reused_tokens = self._n_tokens - sum(fed)
         return outputs
 
@@ -357,7 +358,6 @@ class Continuation:
         input_ids: torch.Tensor,
         generation_config: Any,
         model_kwargs: dict[str, Any],
-        is_first_iteration: bool,
     ) -> Any:
         """The next step of the interrupted loop, called exactly as that loop would have called it."""
         if self._cache is not None:
@@ -365,32 +365,48 @@ class Continuation:
             model_kwargs[self._state.cache_argument] = self._cache
         n_cached = self._state.n_cached if self._cache is not None else 0
         n_fed = self._n_tokens - n_cached
-        new_turn = self._append is not None
+        if self._append is not None:
+            return self._next_turn(input_ids, model_kwargs, n_fed)
         if n_fed == 0 and self._state.logits is not None:
             logits = self._state.logits.to(self._device)[:, None]
             return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
         if n_fed == 0:
             self._cache.crop(-1)
             n_fed = 1
-        if new_turn and self._counts and self._ids.shape[1] == self._n_tokens:
-            return self._originals[seams.PREFILL](
-                input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration
-            )
         next_length: int | None = n_fed
-        if self._state.config and not new_turn:
+        if self._state.config:
             next_length = 1 if model_kwargs["use_cache"] else None
         with self._model._optimize_model_for_decode():
             inputs = self._originals[seams.NEXT_INPUTS](
                 input_ids,
                 next_sequence_length=next_length,
-                **({"is_first_iteration": True} if new_turn else {}),
                 **model_kwargs,
             )
             return self._forward(model_kwargs, generation_config)(**inputs, return_dict=True)
 
+    def _next_turn(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any], n_fed: int) -> Any:
+        """Feeds the next turn's tokens as if the loop itself had chosen them, all at once where the model can."""
+        assert self._append is not None
+        n_all = input_ids.shape[1]
+        length = n_all - self._append.shape[1]
+        outputs: Any = ModelOutput()
+        # The class's own: a capture around this one must not take these steps for finished tokens.
+        step_taken = getattr(type(self._model), seams.STEP_TAKEN)
+        size = 1 if self._one_by_one else n_fed
+        for n in range(n_all - n_fed + size, n_all + 1, size):
+            while length < n:
+                is_pair = self._model.config.is_encoder_decoder
+                model_kwargs.update(step_taken(self._model, outputs, model_kwargs, is_encoder_decoder=is_pair))
+                length += 1
+            inputs = self._originals[seams.NEXT_INPUTS](input_ids[:, :n], next_sequence_length=size, **model_kwargs)
+            outputs = self._model(**inputs, return_dict=True)
+        return outputs
+
     def _forward(self, model_kwargs: dict[str, Any], generation_config: Any) -> Any:
         """The forward pass as the interrupted loop called it: compiled where `generate` compiles its steps."""
-        is_step = bool(self._state.config) and self._append is None and not self._state.search
+        is_step = bool(self._state.config) and not self._state.search
+        # Of caches that are not transformers' own kind it asks too much.
+        is_step = is_step and isinstance(self._cache, (Cache, type(None)))
         if is_step and self._model._valid_auto_compile_criteria(model_kwargs, generation_config):
             return self._model.get_compiled_call(generation_config.compile_config)
         return self._model

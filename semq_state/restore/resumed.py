@@ -75,16 +75,19 @@ class Resumed:
             UnsupportedOperationError: every token is in the cache already and the last cannot be taken out, or the
                 state is of a beam search, of guidance or of an assistant.
         """
-        from semq_state.caches import can_step_back
+        from semq_state.caches import can_step_back, n_cached
         from semq_state.generation.trees import put_together
         from semq_state.restore.continuation import n_tokens
 
         state, n_all = self.snapshot.generation, n_tokens(self.snapshot)
-        if state.search or state.companions:
+        found = "a beam search" if state.search else ", ".join([*sorted(state.companions), *state.attributes])
+        if not found and n_cached(self.snapshot.cache) is None:
+            found = f"{state.cache_argument}, by whose length `generate` cannot tell where to go on"
+        if found:
             raise UnsupportedOperationError(
                 "resumed.inputs",
-                expected="a state that a prompt and a cache make up",
-                found="a beam search" if state.search else ", ".join(sorted(state.companions)),
+                expected="a state that tokens and a cache with a length make up",
+                found=found,
                 do="use resumed.generate, which brings all of it back",
             )
         ids, cache = state.input_ids.to(self._inner.device), self._cache()

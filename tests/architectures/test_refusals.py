@@ -214,3 +214,22 @@ def test_weights_that_a_model_divides_at_its_first_pass() -> None:
     snapshot = sweep.interrupted(model, inputs)
     rest = sq.restore(snapshot, again).generate().sequences
     assert torch.equal(rest, sweep.generated(model, inputs).sequences)
+
+
+@pytest.mark.parametrize("name", ["mamba", "rwkv", "xlstm", "reformer", "xlnet", "recurrent_gemma"])
+def test_no_inputs_by_hand_where_generate_could_not_tell_where_to_go_on(name: str) -> None:
+    model, inputs = of(name)
+    resumed = sq.restore(sweep.interrupted(model, inputs), model)
+    with pytest.raises(sq.UnsupportedOperationError, match=r"resumed\.inputs"):
+        resumed.inputs  # noqa: B018
+
+
+@pytest.mark.parametrize("change", [{"cache_argument": "labels"}, {"companions": {"labels": None}}], ids=str)
+def test_arguments_that_no_model_takes(change: dict[str, Any]) -> None:
+    model, inputs = of("llama")
+    snapshot = sweep.interrupted(model, inputs)
+    if "companions" in change:
+        change = {"companions": {"weights": snapshot.cache}}
+    wrong = dataclasses.replace(snapshot.generation, **change)
+    with pytest.raises(sq.IncompleteStateError, match=r"cache_argument|companions"):
+        sq.restore(dataclasses.replace(snapshot, generation=wrong), model)

@@ -18,7 +18,7 @@ CASES = [(mapping, name) for mapping, (_, known) in MAPPINGS.items() for name in
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("mapping", "name"), CASES, ids="-".join)
+@pytest.mark.parametrize(("mapping", "name"), CASES, ids=["-".join(case) for case in CASES])
 def test_architecture(mapping: str, name: str, tmp_path: Path) -> None:
     sweep.quiet()
     found = sweep.tried(mapping, name, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,6 +47,8 @@ def uninterrupted(out: Path) -> None:
 
 def autosaving(ready: Connection, path: Path, every: int, counted: Path | None = None) -> None:
     """Generates with autosave, and says when it begins and when it is done."""
+    # Tests that were started in the background would have it ignored here too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     model = _model()
     streamer = None if counted is None else Counting(counted)
     ready.send("begins")
