@@ -12,6 +12,7 @@ from transformers import (
     BartConfig,
     CompileConfig,
     DynamicCache,
+    EncoderDecoderCache,
     LlamaConfig,
     QuantizedCache,
     StaticCache,
@@ -245,6 +246,26 @@ def test_an_encoder_decoder_without_its_encoder_outputs_is_refused() -> None:
     cache = dataclasses.replace(snapshot.cache, parts={**snapshot.cache.parts, "cross": cross})
     with pytest.raises(sq.IncompleteStateError, match="cross"):
         sq.restore(dataclasses.replace(snapshot, cache=cache), model)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_a_loop_of_ones_own_over_an_encoder_decoder(kind: str, path: Path) -> None:
+    model, ids = encoder_decoder(kind), prompt()
+    mask = (ids > 80).long()
+    expected = whole(model, input_ids=ids, attention_mask=mask, **GREEDY)
+    cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    tokens = torch.tensor([[model.config.decoder_start_token_id]])
+    with torch.no_grad():
+        encoded = model.get_encoder()(ids, attention_mask=mask, return_dict=True)
+        given = {"encoder_outputs": encoded, "attention_mask": mask}
+        for _ in range(9):
+            logits = model(decoder_input_ids=tokens[:, -1:], past_key_values=cache, **given).logits
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=-1)
+    with pytest.raises(sq.IncompleteStateError, match="encoder_outputs"):
+        sq.snapshot_of(model, cache, tokens)
+    snapshot = through(sq.snapshot_of(model, cache, tokens, inputs=given), path)
+    found = sq.restore(snapshot, model).generate(**{**GREEDY, "max_new_tokens": 15}, **RECORD)
+    assert_same(found, expected)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def snapshot_of(
     position_ids: torch.Tensor | None = None,
     logits: torch.Tensor | None = None,
     prompt_length: int | None = None,
+    inputs: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     weights: str = "full",
 ) -> Snapshot:
@@ -37,6 +39,8 @@ def snapshot_of(
             of `input_ids` is in the cache already, so that the next one is chosen from them; without them the
             last token is computed again.
         prompt_length: how many tokens were the prompt; all of them by default.
+        inputs: other arguments of the forward pass that later steps take: `encoder_outputs` and the encoder's
+            `attention_mask`, say, where `input_ids` are the decoder's.
         tokenizer: as in `capture`.
         weights: as in `capture`.
 
@@ -53,6 +57,7 @@ def snapshot_of(
         >>> snapshot = sq.snapshot_of(model, cache, input_ids)  # doctest: +SKIP
     """
     from semq_state.caches import can_step_back, check_cache, dump_cache, mark_cache, n_cached
+    from semq_state.generation.trees import take_apart
 
     inner = base_model(model)
     if input_ids.ndim != 2:
@@ -77,8 +82,8 @@ def snapshot_of(
             do="pass logits=, or take the snapshot when the next token is chosen",
         )
     given = {"attention_mask": attention_mask, "position_ids": position_ids}
-    inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
-    for name, tensor in inputs.items():
+    own = {name: tensor for name, tensor in given.items() if tensor is not None}
+    for name, tensor in own.items():
         if tensor.shape[-1] != n_tokens:
             raise IncompleteStateError(
                 name,
@@ -86,6 +91,14 @@ def snapshot_of(
                 found=str(tuple(tensor.shape)),
                 do="cover every token",
             )
+    others, values = take_apart(inputs or {})
+    if inner.config.is_encoder_decoder and "encoder_outputs" not in values:
+        raise IncompleteStateError(
+            "inputs",
+            expected="encoder_outputs, to which the decoder attends",
+            found=", ".join(inputs or ()) or "none",
+            do="pass inputs={'encoder_outputs': …}",
+        )
     return Snapshot(
         cache=cache,
         generation=GenerationState(
@@ -94,7 +107,8 @@ def snapshot_of(
             n_cached=cached,
             finished=torch.zeros(input_ids.shape[0], dtype=torch.bool),
             logits=logits[:, -1] if logits is not None and logits.ndim == 3 else logits,
-            step_inputs=inputs,
+            step_inputs={**own, **others},
+            step_values=values,
             rng=dump_rng(inner),
         ),
         provenance=fingerprint(inner, tokenizer, weights=weights, adapters_of=model),

@@ -19,7 +19,7 @@ from semq_state.generation.seams import generators
 from semq_state.generation.trees import put_together
 from semq_state.provenance import IDENTITY, advice, identity_differences
 from semq_state.restore.beams import check_search
-from semq_state.restore.continuation import n_tokens
+from semq_state.restore.next_step import n_tokens
 from semq_state.snapshot import CacheState, GenerationState, Snapshot
 
 _HEADS = ("num_key_value_heads", "head_dim")

@@ -21,11 +21,7 @@ from transformers.generation.utils import (
     GenerateDecoderOnlyOutput,
     GenerateEncoderDecoderOutput,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
 
-from semq_state.caches import NO_CACHE, n_cached
-from semq_state.errors import UnsupportedOperationError
 from semq_state.generation import seams
 from semq_state.generation.attributes import attributes_set
 from semq_state.generation.companions import (
@@ -37,38 +33,23 @@ from semq_state.generation.companions import (
 )
 from semq_state.generation.processors import restore_processors
 from semq_state.generation.rows import AlreadyEnded, EndedRowsPadding
-from semq_state.generation.settings import rebuild_config
 from semq_state.generation.trees import put_together
+from semq_state.restore.arguments import check_arguments, from_here, is_assisted, recorded_config
 from semq_state.restore.beams import BeamWalk
+from semq_state.restore.next_step import NextStep, n_tokens, tokens_fed
 from semq_state.snapshot import Snapshot
 
 _POSITIONS = "_prepare_position_ids_for_generation"
 _FORWARD = "forward"
-_ASSISTED = ("prompt_lookup_num_tokens", "assistant_early_exit", "speculation_type")
 _PREPARATION = (
     seams.MODEL_INPUTS, seams.ENCODER, seams.DECODER_INPUTS, seams.EXPAND, seams.PREPARE_CACHE, seams.VALIDATE,
     _POSITIONS,
 )  # fmt: skip
 
-_TAKES_SEVERAL = (NO_CACHE, "dynamic", "static", "quantized", "encoder-decoder", "minimax")
-_ONE_BY_ONE = ("blt", "idefics", "moshi", "prophetnet")
-"""Architectures whose steps of several tokens after a cache transformers refuses, or computes otherwise."""
-
 _CALLED = (
     seams.NEXT_INPUTS, seams.STEP_TAKEN, seams.TOP_CONTINUATIONS, seams.RUNNING_BEAMS, seams.FINISHED_BEAMS,
     seams.EARLY_STOP, seams.BEAMS_LEFT, _FORWARD,
 )  # fmt: skip
-
-
-def n_tokens(snapshot: Snapshot) -> int:
-    """How many tokens each row has, also where `input_ids` does not show all that are in the cache.
-
-    With a cache or embeddings that came from elsewhere `generate` never saw the tokens before its input; but
-    exactly one is always not in the cache yet. A loop of one's own tells all of its tokens.
-    """
-    state = snapshot.generation
-    with_cache = bool(state.config) and state.n_cached > 0
-    return state.n_cached + 1 if with_cache else snapshot.n_tokens
 
 
 class Continuation:
@@ -108,20 +89,14 @@ class Continuation:
         self._is_first_guess = True
         self._is_assisted = False
         self._is_prepared = False
-        self._n_tokens = n_tokens(snapshot)
-        # Recurrent states and odd caches go on rightly from steps of one token only.
-        self._one_by_one = (
-            n_cached(snapshot.cache) is None
-            or snapshot.cache.kind not in _TAKES_SEVERAL
-            or any(not path.endswith("rope_deltas") for path in self._state.attributes)
-            or model.config.model_type in _ONE_BY_ONE
-        )
+        n_appended = 0 if append is None else int(append.shape[1])
+        self._n_tokens = n_tokens(snapshot) + n_appended
         if append is not None:
             self._ids = torch.cat([self._ids, append], dim=-1)
-            self._n_tokens += append.shape[1]
         self._originals = {name: getattr(model, name) for name in (*self._seams(), *_CALLED)}
         if hasattr(model, seams.REORDER):
             self._originals[seams.REORDER] = getattr(model, seams.REORDER)
+        self._step = NextStep(snapshot, model, cache, self._originals, n_appended)
 
     def arguments(self, kwargs: Mapping[str, Any], tokenizer: Any) -> dict[str, Any] | None:
         """The arguments for `model.generate`; None where the recorded generation had come to its end.
@@ -132,29 +107,23 @@ class Continuation:
         given = dict(kwargs)
         config = copy.deepcopy(given.pop("generation_config", None))
         self._is_recorded = config is None and bool(self._state.config)
+        length, n_appended = self._ids.shape[1], 0 if self._append is None else self._append.shape[1]
         if self._is_recorded:
-            config = self._recorded_config()
-        self._refuse_others(given, config)
-        self._is_assisted = given.get("assistant_model") is not None or any(
-            given.get(name, getattr(config, name, None)) is not None for name in _ASSISTED
-        )
+            config = recorded_config(self._state, length, n_appended)
+        check_arguments(self._state, given, config, appends=self._append is not None)
+        self._is_assisted = is_assisted(given, config)
         if config is None:
             self._given = given
             return {**given, **self._tensors()}
         # A cache is passed in; naming a kind of cache as well would be refused.
         config.cache_implementation = None
         given = self._given = config.update(**given)
-        length = self._ids.shape[1]
-        if config.max_new_tokens is not None:
-            config.max_length, config.max_new_tokens = length + config.max_new_tokens, None
-        if config.min_new_tokens is not None:
-            config.min_length, config.min_new_tokens = length + config.min_new_tokens, None
+        from_here(config, length)
         if config.stop_strings is not None and tokenizer is not None:
             given.setdefault("tokenizer", tokenizer)
         if self._state.search:
-            self._walk = BeamWalk(
-                self._state, self._model, self._originals, config.max_length or int(self._search_length())
-            )
+            recorded_length = int(self._state.search["sequences"].shape[2])
+            self._walk = BeamWalk(self._state, self._model, self._originals, config.max_length or recorded_length)
         elif self._is_at_end(config, length):
             return None
         return {**given, "generation_config": config, **self._tensors()}
@@ -162,21 +131,6 @@ class Continuation:
     def _is_at_end(self, config: Any, length: int) -> bool:
         at_end = bool(self._finished.all()) or (config.max_length or 0) <= length
         return self._is_recorded and self._append is None and at_end
-
-    def _search_length(self) -> int:
-        return int(self._state.search["sequences"].shape[2])
-
-    def _recorded_config(self) -> GenerationConfig:
-        config = rebuild_config(self._state.config)
-        # These were resolved to absolute lengths when the recorded run began.
-        config.max_new_tokens = config.min_new_tokens = None
-        # Its sequences are rows of the batch by now.
-        if not self._state.search:
-            config.num_return_sequences = None
-        if self._append is not None:
-            budget = (config.max_length or 0) - self._state.prompt_length
-            config.max_length, config.min_length = self._ids.shape[1] + budget, None
-        return config
 
     def nothing_left(self, kwargs: Mapping[str, Any]) -> Any:
         """What the uninterrupted run returned: it had ended here."""
@@ -283,8 +237,9 @@ class Continuation:
             model_kwargs.clear()
             model_kwargs.update({**self._inputs, **given})
         else:
-            mask = self._ids.new_ones((self._ids.shape[0], self._n_tokens))
-            model_kwargs.update({"attention_mask": mask, **self._inputs})
+            if not self._model.config.is_encoder_decoder:
+                model_kwargs["attention_mask"] = self._ids.new_ones((self._ids.shape[0], self._n_tokens))
+            model_kwargs.update(self._inputs)
         for name, cache in self._companions.items():
             if name not in (GUIDANCE, ASSISTANT):
                 model_kwargs[name] = cache
@@ -348,113 +303,7 @@ class Continuation:
         model_kwargs: dict[str, Any],
         is_first_iteration: bool = True,
     ) -> Any:
-        with _tokens_fed(self._model) as fed:
-            outputs = self._next_step(input_ids, generation_config, model_kwargs)
+        with tokens_fed(self._model) as fed:
+            outputs = self._step.taken(input_ids, generation_config, model_kwargs)
         self.reused_tokens = self._n_tokens - sum(fed)
         return outputs
-
-    def _next_step(
-        self,
-        input_ids: torch.Tensor,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-    ) -> Any:
-        """The next step of the interrupted loop, called exactly as that loop would have called it."""
-        if self._cache is not None:
-            # Where it is none of transformers' own kind, what `generate` does before would ask it too much.
-            model_kwargs[self._state.cache_argument] = self._cache
-        n_cached = self._state.n_cached if self._cache is not None else 0
-        n_fed = self._n_tokens - n_cached
-        if self._append is not None:
-            return self._next_turn(input_ids, model_kwargs, n_fed)
-        if n_fed == 0 and self._state.logits is not None:
-            logits = self._state.logits.to(self._device)[:, None]
-            return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
-        if n_fed == 0:
-            self._cache.crop(-1)
-            n_fed = 1
-        next_length: int | None = n_fed
-        if self._state.config:
-            next_length = 1 if model_kwargs["use_cache"] else None
-        with self._model._optimize_model_for_decode():
-            inputs = self._originals[seams.NEXT_INPUTS](
-                input_ids,
-                next_sequence_length=next_length,
-                **model_kwargs,
-            )
-            return self._forward(model_kwargs, generation_config)(**inputs, return_dict=True)
-
-    def _next_turn(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any], n_fed: int) -> Any:
-        """Feeds the next turn's tokens as if the loop itself had chosen them, all at once where the model can."""
-        assert self._append is not None
-        n_all = input_ids.shape[1]
-        length = n_all - self._append.shape[1]
-        outputs: Any = ModelOutput()
-        # The class's own: a capture around this one must not take these steps for finished tokens.
-        step_taken = getattr(type(self._model), seams.STEP_TAKEN)
-        size = 1 if self._one_by_one else n_fed
-        for n in range(n_all - n_fed + size, n_all + 1, size):
-            while length < n:
-                is_pair = self._model.config.is_encoder_decoder
-                model_kwargs.update(step_taken(self._model, outputs, model_kwargs, is_encoder_decoder=is_pair))
-                length += 1
-            inputs = self._originals[seams.NEXT_INPUTS](input_ids[:, :n], next_sequence_length=size, **model_kwargs)
-            outputs = self._model(**inputs, return_dict=True)
-        return outputs
-
-    def _forward(self, model_kwargs: dict[str, Any], generation_config: Any) -> Any:
-        """The forward pass as the interrupted loop called it: compiled where `generate` compiles its steps."""
-        is_step = bool(self._state.config) and not self._state.search
-        # Of caches that are not transformers' own kind it asks too much.
-        is_step = is_step and isinstance(self._cache, (Cache, type(None)))
-        if is_step and self._model._valid_auto_compile_criteria(model_kwargs, generation_config):
-            return self._model.get_compiled_call(generation_config.compile_config)
-        return self._model
-
-    def _refuse_others(self, given: Mapping[str, Any], config: Any) -> None:
-        n_beams = int(self._state.config.get("num_beams") or 1)
-        usual = {"num_beams": n_beams} if self._state.search else {"num_beams": 1, "num_return_sequences": 1}
-        for name, expected in usual.items():
-            value = given.get(name, getattr(config, name, None))
-            if value is not None and value != expected:
-                raise UnsupportedOperationError(
-                    f"resumed.generate({name}=…)",
-                    expected=repr(expected),
-                    found=repr(value),
-                    do="the state has a cache row for each of its sequences; branches come from resumed.fork",
-                )
-        if self._state.search and self._append is not None:
-            raise UnsupportedOperationError(
-                "resumed.generate(append=…)",
-                expected="a state with one sequence for each prompt",
-                found="the running beams of a search",
-                do="finish the search first, and start the next turn from its result",
-            )
-        self._warn_of_assistant(given)
-
-    def _warn_of_assistant(self, given: Mapping[str, Any]) -> None:
-        recorded = next((p.name for p in self._state.processors if p.role == ROLE), None)
-        if recorded == "AssistedCandidateGenerator" and given.get("assistant_model") is None:
-            warnings.warn(
-                "the recorded run had an assistant_model, which was not passed again: what is sampled next will "
-                "differ from it",
-                stacklevel=4,
-            )
-
-
-@contextlib.contextmanager
-def _tokens_fed(model: Any) -> Iterator[list[int]]:
-    """How many tokens a row each forward pass is given: what a resume really costs, not what it promised."""
-    fed: list[int] = []
-
-    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = ("decoder_input_ids", "input_ids", "inputs_embeds")
-        given = next((kwargs[name] for name in names if kwargs.get(name) is not None), args[0] if args else None)
-        if given is not None:
-            fed.append(int(given.shape[1]))
-
-    handle = model.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield fed
-    finally:
-        handle.remove()

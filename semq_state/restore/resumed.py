@@ -77,7 +77,7 @@ class Resumed:
         """
         from semq_state.caches import can_step_back, n_cached
         from semq_state.generation.trees import put_together
-        from semq_state.restore.continuation import n_tokens
+        from semq_state.restore.next_step import n_tokens
 
         state, n_all = self.snapshot.generation, n_tokens(self.snapshot)
         found = "a beam search" if state.search else ", ".join([*sorted(state.companions), *state.attributes])
