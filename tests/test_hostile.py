@@ -687,6 +687,12 @@ def test_lying_manifest_is_refused(name: str, good: dict[str, bytes], path: Path
     assert_refused(path, put_together(signed(draft)), kind)
 
 
+def nested_parts(depth: int) -> dict[str, Any]:
+    """A cache without layers, of caches of caches."""
+    inner = {"parts": {"self": nested_parts(depth - 1)}} if depth else {}
+    return {"kind": "dynamic", "meta": {}, "layers": [], **inner}
+
+
 STRUCTURE_LIES: dict[str, Change] = {
     "nothing": put("manifest", "structure", value={}),
     "more": put("manifest", "structure", "more", value={}),
@@ -713,6 +719,34 @@ STRUCTURE_LIES: dict[str, Change] = {
     "layer tensors none": put(*CACHE, "layers", 1, "tensors", value=None),
     "layer tensors of numbers": put(*CACHE, "layers", 0, "tensors", value=[0, 1]),
     "layer tensors unsorted": put(*CACHE, "layers", 0, "tensors", value=["values", "keys"]),
+    "parts a list": put(*CACHE, "parts", value=[]),
+    "parts empty": put(*CACHE, "parts", value={}),
+    "part none": put(*CACHE, "parts", value={"self": None}),
+    "part a list": put(*CACHE, "parts", value={"self": []}),
+    "parts in parts": put(*CACHE, "parts", value=nested_parts(9)),
+    "checkpoints a table": put("manifest", "structure", "checkpoints", value={}),
+    "checkpoints empty": put("manifest", "structure", "checkpoints", value=[]),
+    "checkpoint none": put("manifest", "structure", "checkpoints", value=[None]),
+    "checkpoint without a cache": put(
+        "manifest", "structure", "checkpoints", value=[{"n_tokens": 3, "rng": [], "attributes": []}]
+    ),
+    "checkpoint at minus one": put(
+        "manifest",
+        "structure",
+        "checkpoints",
+        value=[{"n_tokens": -1, "cache": nested_parts(0), "rng": [], "attributes": []}],
+    ),
+    "search text": put(*STATE, "search", value="scores"),
+    "search empty": put(*STATE, "search", value=[]),
+    "search of numbers": put(*STATE, "search", value=[1]),
+    "companions a list": put(*STATE, "companions", value=[]),
+    "companion none": put(*STATE, "companions", value={"assistant": None}),
+    "attributes a table": put(*STATE, "attributes", value={}),
+    "attributes of numbers": put(*STATE, "attributes", value=[0]),
+    "cache argument none": put(*STATE, "cache_argument", value=None),
+    "cache argument the usual": put(*STATE, "cache_argument", value="past_key_values"),
+    "generator a number": put(*STATE, "generator", value=1),
+    "generator empty": put(*STATE, "generator", value=""),
     "generation none": put(*STATE, value=None),
     "generation a list": put(*STATE, value=[]),
     "generation with more": put(*STATE, "more", value=1),

@@ -101,6 +101,10 @@ def _built(value: Any, name: str, tensors: Mapping[str, torch.Tensor], used: set
     if word == "sharing":
         return KVSharingDict(fields)
     output = BaseModelOutput()
+    known = {field.name for field in dataclasses.fields(BaseModelOutput)}
+    if any(key.startswith("_") or (hasattr(BaseModelOutput, key) and key not in known) for key in fields):
+        # A field must not stand in for a method.
+        raise _malformed(value, name)
     for key, item in fields.items():
         if item is None:
             setattr(output, key, None)
