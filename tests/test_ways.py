@@ -284,6 +284,9 @@ def assistant(model: Any) -> Any:
 def test_assisted(model: Any, assistant: Any, how: str, n: int, path: Path) -> None:
     kwargs = {"input_ids": prompt(), **(GREEDY if how == "greedy" else SAMPLED), "assistant_model": assistant}
     assistant.generation_config.num_assistant_tokens = 4
+    # The number of guesses then follows how many were right, which is state.
+    assistant.generation_config.num_assistant_tokens_schedule = "heuristic_transient"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
     expected = whole(model, **kwargs)
     snapshot = through(stopped(model, n, **kwargs), path)
     assert 12 < snapshot.n_tokens < 36 and "assistant" in snapshot.generation.companions
@@ -365,6 +368,17 @@ def test_static_cache(kind: str, how: str, path: Path) -> None:
     found = sq.restore(through(snapshot, path), model).generate()
     assert_same(found, expected)
     assert all(layer.family.startswith("static") for layer in snapshot.cache.layers)
+
+
+def test_a_snapshot_of_a_static_cache_stays_when_the_cache_is_used_again(model: Any) -> None:
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    expected = whole(model, input_ids=prompt(), **GREEDY)
+    with sq.capture(model) as run:
+        model.generate(prompt(), **{**GREEDY, "max_new_tokens": 9}, past_key_values=cache)
+    snapshot = run.snapshot()
+    cache.reset()
+    model.generate(prompt(seed=9), **GREEDY, past_key_values=cache)
+    assert torch.equal(sq.restore(snapshot, model).generate(max_new_tokens=15), expected.sequences)
 
 
 def test_a_static_cache_that_was_written_over_is_refused(model: Any) -> None:

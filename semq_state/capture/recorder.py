@@ -258,7 +258,7 @@ class Recorder:
             )
         step.call.watch.check()
         cache = dump_cache(step.cache)
-        inputs = self._kept(step, with_cache=bool(cache.all_layers()))
+        inputs = _kept(step, with_cache=bool(cache.all_layers()))
         if step.call.encoder_tokens is not None:
             inputs["encoder_input_ids"] = step.call.encoder_tokens
         tensors, values = take_apart(inputs)
@@ -287,19 +287,8 @@ class Recorder:
             checkpoints=tuple(c for c in step.call.checkpoints if c.n_tokens < int(step.input_ids.shape[1])),
         )
 
-    def _kept(self, step: Step, *, with_cache: bool) -> dict[str, Any]:
-        """The inputs that later steps read."""
-        dropped = {*ALL_CACHE_NAMES, *_NEVER_KEPT, *step.companions}
-        if with_cache:
-            # Without a cache every step reads the prompt's own again; with one, the model itself tells.
-            dropped |= _USED_UP - self._read_again(step)
-        return {name: value for name, value in step.inputs.items() if name not in dropped}
 
-    def _read_again(self, step: Step) -> set[str]:
-        """Which of the prompt's own inputs the next step takes again; some models prepare steps their own way."""
-        given = {name for name in _USED_UP if step.inputs.get(name) is not None}
-        if not given:
-            return set()
-        inputs = {name: value for name, value in step.inputs.items() if name not in _NEVER_KEPT}
-        prepared = self._model.prepare_inputs_for_generation(step.input_ids, next_sequence_length=1, **inputs)
-        return {name for name in given if prepared.get(name) is not None}
+def _kept(step: Step, *, with_cache: bool) -> dict[str, Any]:
+    """The inputs that later steps read: without a cache every step reads the prompt's own again."""
+    dropped = {*ALL_CACHE_NAMES, *_NEVER_KEPT, *step.companions, *(_USED_UP if with_cache else ())}
+    return {name: value for name, value in step.inputs.items() if name not in dropped}
