@@ -144,22 +144,26 @@ def check_state(snapshot: Snapshot, model: Any) -> None:
     require(mask is None or (isinstance(mask, torch.Tensor) and tuple(mask.shape) == (batch, n_all)), name,
             f"{(batch, n_all)}", None if mask is None else getattr(mask, "shape", mask))  # fmt: skip
     _check_lengths(snapshot.cache, decoder, n_all)
-    check_cache(snapshot.cache, _n_cache_rows(snapshot, batch), state.n_cached)
+    check_cache(snapshot.cache, batch, state.n_cached)
     require(state.n_cached <= n_all, "n_cached", f"at most {n_all} tokens", state.n_cached)
     require(state.cache_argument in ALL_CACHE_NAMES, "cache_argument", f"one of {', '.join(ALL_CACHE_NAMES)}",
             repr(state.cache_argument))  # fmt: skip
-    taken = inspect.signature(model.forward).parameters
-    others = sorted(set(state.companions) - {GUIDANCE, ASSISTANT} - set(taken))
-    require(not others, "companions", "those that the model takes", ", ".join(others))
-    for companion in state.companions.values():
-        counted = n_cached(companion)
-        check_cache(companion, _rows_of(companion), counted or 0, "companion")
+    _check_companions(state, model, require)
     if state.search:
         check_search(state)
     require("cpu" in state.rng, "random state", "that of the CPU", ", ".join(state.rng) or None)
     require(state.n_cached < n_all or state.logits is not None or can_step_back(snapshot.cache, state.n_cached),
             "logits", "those of the last token, which the cache cannot give back", None)  # fmt: skip
     _check_layout(snapshot, model, decoder, require)
+
+
+def _check_companions(state: GenerationState, model: Any, require: Any) -> None:
+    taken = inspect.signature(model.forward).parameters
+    others = sorted(set(state.companions) - {GUIDANCE, ASSISTANT} - set(taken))
+    require(not others, "companions", "those that the model takes", ", ".join(others))
+    for companion in state.companions.values():
+        counted = n_cached(companion)
+        check_cache(companion, _rows_of(companion), counted or 0, "companion")
 
 
 def _generator(model: Any, path: str) -> Any:
@@ -190,12 +194,6 @@ def _vocabulary(model: Any, decoder: Any) -> int | None:
         with contextlib.suppress(NotImplementedError):
             found = getattr(model.get_input_embeddings(), "num_embeddings", None)
     return found if isinstance(found, int) else None
-
-
-def _n_cache_rows(snapshot: Snapshot, batch: int) -> int:
-    """Rows of the cache: some models hold several token streams in one row, or two rows for each of guidance's."""
-    rows = _rows_of(snapshot.cache)
-    return rows if snapshot.generation.step_values.get("cache_rows") == rows else batch
 
 
 def _rows_of(cache: CacheState) -> int:

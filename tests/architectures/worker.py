@@ -1,4 +1,4 @@
-"""The two processes of test_processes.py: one interrupts a run of each family, the other goes on from the files.
+"""The two processes of test_fresh_processes.py: one interrupts a run of each family, the other goes on from files.
 
 PYTHONPATH=tests:. python -m architectures.worker write|read FOLDER
 """
