@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 from semq_state.codecs.base import MAX_EXPANSION as MAX_EXPANSION
 from semq_state.codecs.base import AbstractCodec as AbstractCodec
 from semq_state.codecs.base import Encoded as Encoded
+from semq_state.codecs.entropy import Bits as Bits
+from semq_state.codecs.entropy import Pco as Pco
 from semq_state.codecs.planes import Planes as Planes
 from semq_state.codecs.raw import Raw as Raw
+from semq_state.codecs.rotated import Rotated as Rotated
+from semq_state.codecs.semq import Semq as Semq
+from semq_state.codecs.symbolic import AbstractVectorCodec as AbstractVectorCodec
+from semq_state.codecs.symbolic import Symbolic as Symbolic
+from semq_state.codecs.symbolic import Symbols as Symbols
+from semq_state.codecs.transform import Transform as Transform
+from semq_state.codecs.uniform import Uniform as Uniform
 from semq_state.errors import UnknownCodecError
+
+_T = TypeVar("_T")
 
 DECODERS: dict[str, AbstractCodec] = {
     Planes.id: Planes(),
     Raw.id: Raw(),
+    Pco.id: Pco(),
+    Bits.id: Bits(),
 }
-"""What a file's codec id means."""
+"""What a file's codec id means: bytes to bytes."""
+
+VECTOR_DECODERS: dict[str, AbstractVectorCodec] = {
+    Rotated.id: Rotated(),
+    Semq.id: Semq(),
+    Uniform.id: Uniform(),
+}
+"""What the codec id of a group of symbols means; `transform`, which needs a calibration, stands apart."""
 
 PRESETS: dict[str, AbstractCodec] = {
     "exact": Planes(),
@@ -23,15 +46,21 @@ PRESETS: dict[str, AbstractCodec] = {
 """The words that `sq.save(codec=…)` and the command line take."""
 
 
-def register(codec: AbstractCodec) -> None:
+def register(codec: AbstractCodec | AbstractVectorCodec) -> None:
     """Makes files that name `codec.id` readable. A taken id is refused.
+
+    `semq_state.testing` holds what a codec must pass first.
 
     Raises:
         ValueError: the id is taken.
     """
-    if codec.id in DECODERS:
-        raise ValueError(f"codec id {codec.id!r} is taken by {DECODERS[codec.id]!r}")
-    DECODERS[codec.id] = codec
+    taken = {**DECODERS, **VECTOR_DECODERS, Transform.id: Transform}
+    if codec.id in taken:
+        raise ValueError(f"codec id {codec.id!r} is taken by {taken[codec.id]!r}")
+    if isinstance(codec, AbstractCodec):
+        DECODERS[codec.id] = codec
+    else:
+        VECTOR_DECODERS[codec.id] = codec
 
 
 def decoder(codec_id: str) -> AbstractCodec:
@@ -40,14 +69,27 @@ def decoder(codec_id: str) -> AbstractCodec:
     Raises:
         UnknownCodecError: no such id is registered.
     """
-    if codec_id not in DECODERS:
+    return _known(codec_id, DECODERS)
+
+
+def vector_decoder(codec_id: str) -> AbstractVectorCodec:
+    """The symbolic codec that decodes `codec_id`.
+
+    Raises:
+        UnknownCodecError: no such id is registered.
+    """
+    return _known(codec_id, VECTOR_DECODERS)
+
+
+def _known(codec_id: str, table: Mapping[str, _T]) -> _T:
+    if codec_id not in table:
         raise UnknownCodecError(
             "codec",
-            expected=f"one of {', '.join(sorted(DECODERS))}",
+            expected=f"one of {', '.join(sorted(table))}",
             found=f"{codec_id!r:.80}",
             do="install a newer semq_state, or register the codec with semq_state.codecs.register",
         )
-    return DECODERS[codec_id]
+    return table[codec_id]
 
 
 def preset(codec: str | AbstractCodec) -> AbstractCodec:

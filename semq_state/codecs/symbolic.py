@@ -70,7 +70,7 @@ class AbstractVectorCodec(ABC):
     def decode(self, symbolic: Symbolic, shape: tuple[int, ...]) -> torch.Tensor:
         """The vectors, float32 of `shape`.
 
-        Everything that `symbolic` holds is untrusted: its symbols are known to lie in their alphabets, nothing else.
+        Everything that `symbolic` holds is untrusted: its symbols are known to lie in their alphabets, no more.
 
         Raises:
             IntegrityError: parameters, names, dtypes or shapes are not what `encode` makes for `shape`.

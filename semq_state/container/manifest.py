@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgpack
@@ -15,10 +15,13 @@ from semq_state.container.header import MANIFEST, Header, shown
 from semq_state.content import DTYPES, TensorSpec
 from semq_state.errors import FormatError, IntegrityError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """What this version writes."""
 
-READABLE_VERSIONS = (1, 2)
+EMBEDDED = "embedded."
+"""Tensors whose names begin so are carried along and are no part of the state."""
+
+READABLE_VERSIONS = (1, 2, 3)
 
 MAX_DEPTH = 64
 """How deep tables and lists may stand in each other, so that no walk through them meets Python's own limit."""
@@ -58,11 +61,14 @@ class Manifest:
     provenance: Mapping[str, Any]
     content_digest: str
     state_id: str
+    report: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def to_bytes(self) -> bytes:
+        report = {"report": self.report} if self.format_version > 2 else {}
         return content.pack(
-            {
+            report
+            | {
                 "format_version": self.format_version,
                 "writer": self.writer,
                 "codec": self.codec,
@@ -104,7 +110,7 @@ def read_manifest(data: bytes, header: Header, where: str) -> Manifest:
             shown(version),
             do="update semq_state to read this file",
         )
-    expected = set(Manifest.__dataclass_fields__)
+    expected = set(Manifest.__dataclass_fields__) - ({"report"} if version < 3 else set())
     if fields.keys() != expected:
         raise check.refused(f"the fields {sorted(expected)}", shown(sorted(fields)))
     if not canonical:
@@ -122,12 +128,13 @@ def read_manifest(data: bytes, header: Header, where: str) -> Manifest:
         provenance=check.table(fields["provenance"], "provenance"),
         content_digest=check.text(fields["content_digest"], "content_digest"),
         state_id=check.text(fields["state_id"], "state_id"),
+        report=check.table(fields.get("report", {}), "report"),
         format_version=version,
     )
     _hold_against_header(manifest, header, check)
     found = content.content_digest(
         manifest.structure,
-        {name: t.spec for name, t in tensors.items()},
+        {name: t.spec for name, t in tensors.items() if not name.startswith(EMBEDDED)},
         {name: t.digests for name, t in tensors.items()},
     )
     if found != manifest.content_digest:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from semq_state.container import Manifest
+from semq_state.snapshot import Coding
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class SnapshotInfo:
     @property
     def state_id(self) -> str:
         return self.manifest.state_id
+
+    @property
+    def coding(self) -> Coding | None:
+        """What coding did to the state; None where nothing was lost."""
+        return Coding.from_dict(self.manifest.report) if self.manifest.report else None
 
     @property
     def n_tokens(self) -> int:
@@ -60,6 +66,7 @@ class SnapshotInfo:
             "raw_bytes": self.raw_bytes,
             "cache_bytes": self.cache_bytes,
             "ratio": round(self.raw_bytes / self.n_bytes, 4),
+            "coding": self.coding.as_dict() if self.coding else None,
             "provenance": dict(self.manifest.provenance),
             "tensors": {name: {"dtype": t.spec.dtype, "shape": list(t.spec.shape)} for name, t in tensors.items()},
         }

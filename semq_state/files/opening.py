@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
 
 from semq_state import container, content
 from semq_state.codecs import MAX_EXPANSION
-from semq_state.container import MANIFEST, Manifest
+from semq_state.container import EMBEDDED, MANIFEST, Manifest
 from semq_state.content import TensorSpec
-from semq_state.errors import FormatError, IntegrityError, SemqStateError
+from semq_state.errors import FormatError, IncompleteStateError, IntegrityError, SemqStateError
+from semq_state.files.forms import groups_of, without_groups
 from semq_state.provenance import Provenance
-from semq_state.snapshot import Snapshot, assemble
+from semq_state.snapshot import Coding, Snapshot, assemble
 from semq_state.stores import LocalFile
+from semq_state.symbolic import prefix_of
 
 _PROVENANCE: Mapping[str, tuple[type, ...]] = {
     "weights": (str,),
@@ -33,6 +36,10 @@ _PROVENANCE: Mapping[str, tuple[type, ...]] = {
 }
 
 
+MAX_CODED_EXPANSION = 1024
+"""Coded tensors take at most so many times the size of their file."""
+
+
 def opened(file: LocalFile) -> tuple[container.Header, Manifest]:
     where = str(file.path)
     header = container.read_header(file.read, file.size, where)
@@ -49,7 +56,8 @@ def opened(file: LocalFile) -> tuple[container.Header, Manifest]:
     _check_claims(header, manifest, where)
     _check_tokens(manifest, where)
     # Put together from nothing first, so that a wrong structure is refused before a tensor is read.
-    assembled(manifest, dict.fromkeys(manifest.tensors, torch.empty(0)), where)
+    names = _state_names(manifest, file.size, where)
+    assembled(manifest, dict.fromkeys(names, torch.empty(0)), where)
     provenance = provenance_of(manifest, where)
     found = content.state_id(manifest.content_digest, provenance.identity())
     if found != manifest.state_id:
@@ -63,18 +71,39 @@ def opened(file: LocalFile) -> tuple[container.Header, Manifest]:
 
 
 def assembled(manifest: Manifest, tensors: dict[str, torch.Tensor], where: str) -> Snapshot:
-    known = {name: entry.digests for name, entry in manifest.tensors.items()}
     provenance = provenance_of(manifest, where)
+    known = {name: entry.digests for name, entry in manifest.tensors.items() if not name.startswith(EMBEDDED)}
     try:
+        coding = Coding.from_dict(manifest.report) if manifest.report else None
         with told_from(where):
-            return assemble(manifest.structure, tensors, provenance, known)
-    except (KeyError, TypeError) as error:
+            if not is_coded(manifest):
+                return assemble(manifest.structure, tensors, provenance, known)
+            snapshot = assemble(without_groups(manifest.structure), tensors, provenance, {})
+            return dataclasses.replace(snapshot, coding=coding, coded_id=manifest.state_id)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, SemqStateError):
+            raise
         raise FormatError(
             f"{where}, structure",
             expected="cache and generation",
             found=f"{error!r:.200}",
             do="use another copy",
         ) from error
+
+
+def is_coded(manifest: Manifest) -> bool:
+    """Whether some of the state's tensors stand as symbols in the file."""
+    return "coded" in manifest.structure
+
+
+def specs_of(manifest: Manifest) -> dict[str, TensorSpec]:
+    """The tensors of the state itself, by name, those that stand as symbols included."""
+    specs = {
+        name: entry.spec for name, entry in manifest.tensors.items() if not name.startswith(("coded.", EMBEDDED))
+    }
+    for group in groups_of(manifest.structure):
+        specs |= {name: stack.spec for stack in group.stacks for name in stack.names}
+    return specs
 
 
 def section_in(where: str, section: str) -> str:
@@ -129,6 +158,37 @@ def _check_claims(header: container.Header, manifest: Manifest, where: str) -> N
                     found=f"{section.spec} under {container.shown(entry.codec)}",
                     do="no writer makes such a file; do not trust it",
                 )
+
+
+def _state_names(manifest: Manifest, n_bytes: int, where: str) -> list[str]:
+    """The names of the state's tensors, once the groups are known to have all their parts, and to claim no memory
+    out of proportion to the file."""
+    with told_from(where):
+        groups = groups_of(manifest.structure)
+    wanted = {prefix_of(i) + name for i, group in enumerate(groups) for name in group.parts()}
+    held = {name for name in manifest.tensors if name.startswith("coded.")}
+    if wanted != held:
+        raise IncompleteStateError(
+            f"{where}, structure",
+            expected="every part of its coded groups, and no other",
+            found=f"missing or left over: {container.shown(sorted(wanted ^ held))}",
+            do="the file was put together wrongly; save the state again",
+        )
+    plain = [name for name in manifest.tensors if not name.startswith(("coded.", EMBEDDED))]
+    coded = [name for group in groups for name in group.names()]
+    if len(set(coded)) != len(coded) or set(coded) & set(plain):
+        raise FormatError(
+            f"{where}, structure", expected="each tensor once", found="one coded twice", do="use another copy"
+        )
+    claimed = sum(group.n_bytes for group in groups)
+    if claimed > MAX_CODED_EXPANSION * n_bytes:
+        raise IntegrityError(
+            f"{where}, structure",
+            expected=f"at most {MAX_CODED_EXPANSION} times the size of the file",
+            found=f"coded tensors of {claimed} bytes",
+            do="no writer makes such a file; do not trust it",
+        )
+    return [*plain, *coded]
 
 
 def _check_tokens(manifest: Manifest, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -9,22 +10,35 @@ from functools import partial
 import numpy as np
 import torch
 
+from semq_state import calibration as calibrations
 from semq_state import codecs, container, content
+from semq_state.calibration import Calibration
 from semq_state.container import Manifest
 from semq_state.content import DTYPES, Bytes, TensorSpec
-from semq_state.errors import FormatError, IntegrityError, SemqStateError, UnknownCodecError
+from semq_state.errors import CalibrationError, FormatError, IntegrityError, SemqStateError, UnknownCodecError
+from semq_state.files.forms import decoded, embedded_calibration
 from semq_state.files.info import SnapshotInfo
-from semq_state.files.opening import assembled, opened, section_in, told_from
+from semq_state.files.opening import assembled, is_coded, opened, section_in, specs_of, told_from
 from semq_state.files.pipeline import Job, Progress, counter, in_order
 from semq_state.snapshot import Snapshot
 from semq_state.stores import LocalFile
 
 
-def load(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Snapshot:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Snapshot:
     """Reads a snapshot back, every digest checked.
+
+    A compact one is decoded; `Snapshot.coding` says what coding had done to it. Its decoded numbers may differ in
+    the last bits from machine to machine; its identity, computed over its symbols, does not.
 
     Args:
         path: a file that `save` wrote.
+        calibration: the calibration that a compact file refers to, or its file; by default the one that the file
+            carries along, or that the cache folder has.
         progress: called with the bytes done and the bytes in all.
 
     Returns:
@@ -35,6 +49,7 @@ def load(path: str | os.PathLike[str], *, progress: Progress | None = None) -> S
         FormatError: it is not a snapshot, or a newer one.
         IntegrityError: it was damaged or changed.
         IncompleteStateError: a tensor is missing.
+        CalibrationError: the calibration that the file refers to is not there; the message names it.
 
     Example:
         >>> snapshot = sq.load("chat.safetensors")  # doctest: +SKIP
@@ -56,7 +71,35 @@ def load(path: str | os.PathLike[str], *, progress: Progress | None = None) -> S
                 chunk = content.tensor_of(data, spec.chunk(job.start, job.stop))
                 content.chunk_of(tensors[job.tensor], job.start, job.stop).copy_(chunk)
             advance(len(data))
+    if is_coded(manifest):
+        tensors = _decoded(manifest, tensors, calibration, str(path))
     return assembled(manifest, tensors, str(path))
+
+
+def _decoded(
+    manifest: Manifest,
+    tensors: dict[str, torch.Tensor],
+    given: Calibration | str | os.PathLike[str] | None,
+    where: str,
+) -> dict[str, torch.Tensor]:
+    """The state's tensors from a compact file's."""
+
+    @functools.cache
+    def calibration(digest: str) -> Calibration:
+        if isinstance(given, Calibration):
+            found: Calibration | None = given
+        else:
+            found = calibrations.load_calibration(given) if given else embedded_calibration(tensors, where)
+        if found is None:
+            return calibrations.find_digest(digest, manifest.provenance["weights"])
+        if found.digest != digest:
+            raise CalibrationError(
+                where, expected=f"calibration {digest:.80}", found=found.digest, do="name the file of that one"
+            )
+        return found
+
+    with told_from(where):
+        return decoded(manifest.structure, tensors, calibration)
 
 
 def inspect(path: str | os.PathLike[str]) -> SnapshotInfo:
@@ -71,7 +114,7 @@ def inspect(path: str | os.PathLike[str]) -> SnapshotInfo:
     """
     with LocalFile(path) as file:
         _, manifest = opened(file)
-        sizes = {name: entry.spec.n_bytes for name, entry in manifest.tensors.items()}
+        sizes = {name: spec.n_bytes for name, spec in specs_of(manifest).items()}
         cached = sum(n for name, n in sizes.items() if not name.startswith(("generation.", "checkpoints.")))
         return SnapshotInfo(str(path), file.size, sum(sizes.values()), cached, manifest.codec, manifest)
 

@@ -8,26 +8,30 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from semq_state import codecs, container, content
+from semq_state import calibration as calibrations
+from semq_state import container, content
+from semq_state.calibration import Calibration
 from semq_state.codecs import AbstractCodec, Encoded
 from semq_state.container import MANIFEST, Manifest, SectionEntry, SectionWriter, TensorEntry
 from semq_state.content import TensorSpec
-from semq_state.errors import IntegrityError
+from semq_state.errors import CalibrationError, IntegrityError
+from semq_state.files.forms import Codec, Form, form_of, measured
 from semq_state.files.info import SnapshotInfo
 from semq_state.files.opening import opened
 from semq_state.files.pipeline import Job, Progress, counter, in_order
 from semq_state.files.reading import bounds_of, failures_of, inspect
 from semq_state.snapshot import Snapshot
 from semq_state.stores import LocalFile, atomic_write
+from semq_state.symbolic import is_lossy
 
 
 def save(
     snapshot: Snapshot,
     path: str | os.PathLike[str],
     *,
-    codec: str | AbstractCodec = "exact",
+    codec: Codec = "exact",
+    calibration: Calibration | str | os.PathLike[str] | None = None,
+    embed_calibration: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> SnapshotInfo:
@@ -36,11 +40,19 @@ def save(
     The file appears under its name only when it is whole: it is written beside it, synced, read again and
     compared, then renamed. The same snapshot with the same options gives the same bytes.
 
+    Lossless codecs are `exact`, `exact-max` (smaller, slower to load) and `raw` (plain tensors that any safetensors
+    reader opens). Compact ones are chosen by quality: `near`, `compact`, `tiny`, or a target, `kl=0.002` (mean KL
+    divergence of the next token) or `ratio=20`. They need a calibration of the model (`sq.calibrate`), which is
+    found by the digest of its weights; without one the presets fall back to a codec that needs none, and say so.
+    The first 4 tokens and everything that is not keys and values stay exact. The file records what was picked and
+    what it cost this very state: see `Snapshot.coding`.
+
     Args:
         snapshot: what to save.
         path: the file; an existing one is replaced.
-        codec: `exact` (lossless), `exact-max` (lossless, smaller, slower to load), `raw` (lossless, plain
-            tensors that any safetensors reader opens), or a codec value.
+        codec: one of these words, the id of a codec (`rotated`, `uniform`, `semq`), or the value of a codec or policy.
+        calibration: a calibration or its file, instead of the one that the cache folder has for these weights.
+        embed_calibration: carry the calibration along, so that the file can be read without any other.
         verify: read the file again, decode it and compare every digest before it counts as saved.
         progress: called with the bytes done and the bytes in all.
 
@@ -50,18 +62,20 @@ def save(
     Raises:
         StoreError: the folder or disk refused; nothing was changed.
         UnknownCodecError: no such preset.
+        CalibrationError: a calibration is missing, damaged or of another model.
         IntegrityError: what was read again is not what was written.
 
     Example:
         >>> sq.save(run.snapshot(), "chat.safetensors")  # doctest: +SKIP
+        >>> sq.save(run.snapshot(), "chat.safetensors", codec="compact")  # doctest: +SKIP
     """
-    name, coder = codec if isinstance(codec, str) else codec.id, codecs.preset(codec)
-    tensors = snapshot.tensors()
+    form = form_of(snapshot, codec, _calibration_for(snapshot, codec, calibration), embed=embed_calibration)
+    tensors = form.tensors
     specs = dict(content.specs_of(tensors))
     jobs = [
         Job(tensor_name, section, start, stop)
-        for tensor_name in _in_file_order(specs, coder)
-        for section, start, stop in _sections(tensor_name, specs[tensor_name], coder)
+        for tensor_name in _in_file_order(specs, form)
+        for section, start, stop in _sections(tensor_name, specs[tensor_name], form.coder_of(tensor_name))
     ]
     total = sum(spec.n_bytes for spec in specs.values()) * (2 if verify else 1)
     advance = counter(progress, total)
@@ -73,6 +87,7 @@ def save(
     }
     entries: dict[str, list[SectionEntry]] = {tensor_name: [] for tensor_name in specs}
     digests: dict[str, list[str]] = {tensor_name: [] for tensor_name in specs}
+    written: dict[str, int] = dict.fromkeys(specs, 0)
 
     def reread(hidden: Path) -> None:
         if verify:
@@ -85,22 +100,41 @@ def save(
             max(map(_n_dims, specs.values())),
             metadata,
         )
-        coded = partial(_coded, tensors, specs, coder)
+        coded = partial(_coded, form, specs)
         for job, (encoded, found) in in_order(coded, jobs):
-            spec = specs[job.tensor].chunk(job.start, job.stop)
+            spec, coder = specs[job.tensor].chunk(job.start, job.stop), form.coder_of(job.tensor)
             writer.write(job.section, encoded.pieces, spec if coder.id == "raw" else None)
             entries[job.tensor].append(SectionEntry(job.section, job.start, job.stop, coder.id, encoded.params))
             digests[job.tensor].extend(found)
+            written[job.tensor] += encoded.n_bytes
             advance(spec.n_bytes)
-        manifest = _manifest(snapshot, name, specs, digests, entries)
+        manifest = _manifest(snapshot, form, specs, digests, entries, written)
         writer.write(MANIFEST, [manifest.to_bytes()])
         writer.finish(metadata | {"state_id": manifest.state_id})
     return inspect(path)
 
 
-def _in_file_order(specs: Mapping[str, TensorSpec], coder: AbstractCodec) -> list[str]:
+def _calibration_for(
+    snapshot: Snapshot, codec: Codec, given: Calibration | str | os.PathLike[str] | None
+) -> Calibration | None:
+    """The calibration for a save: the one that was given, or the one that the folder has."""
+    weights = snapshot.provenance.weights
+    if given is None:
+        return calibrations.find(weights) if isinstance(codec, str) and is_lossy(codec) else None
+    found = given if isinstance(given, Calibration) else calibrations.load_calibration(given)
+    if found.weights != weights:
+        raise CalibrationError(
+            f"calibration {found.digest:.24}…",
+            expected=f"one of the model that made this state, weights {weights:.24}…",
+            found=f"one of {found.model_name or 'another model'}, weights {found.weights:.24}…",
+            do="calibrate the state's own model",
+        )
+    return found
+
+
+def _in_file_order(specs: Mapping[str, TensorSpec], form: Form) -> list[str]:
     # Plain tensors stand widest dtype first, so that each begins at a multiple of its itemsize.
-    return sorted(specs, key=lambda name: -specs[name].itemsize) if coder.id == "raw" else list(specs)
+    return sorted(specs, key=lambda name: -specs[name].itemsize) if form.coder.id == "raw" else list(specs)
 
 
 def _sections(name: str, spec: TensorSpec, coder: AbstractCodec) -> list[tuple[str, int, int]]:
@@ -109,37 +143,33 @@ def _sections(name: str, spec: TensorSpec, coder: AbstractCodec) -> list[tuple[s
     return [(f"{name}#{i}", start, stop) for i, (start, stop) in enumerate(spec.chunks())]
 
 
-def _coded(
-    tensors: Mapping[str, torch.Tensor],
-    specs: Mapping[str, TensorSpec],
-    coder: AbstractCodec,
-    job: Job,
-) -> tuple[Encoded, tuple[str, ...]]:
-    chunk = content.chunk_of(tensors[job.tensor], job.start, job.stop)
+def _coded(form: Form, specs: Mapping[str, TensorSpec], job: Job) -> tuple[Encoded, tuple[str, ...]]:
+    chunk = content.chunk_of(form.tensors[job.tensor], job.start, job.stop)
     data = content.raw_bytes(chunk)
     spec = specs[job.tensor].chunk(job.start, job.stop)
-    return coder.encode(data, spec), content.chunk_digests(data, spec)
+    return form.coder_of(job.tensor).encode(data, spec), content.chunk_digests(data, spec)
 
 
 def _manifest(
     snapshot: Snapshot,
-    codec: str,
+    form: Form,
     specs: Mapping[str, TensorSpec],
     digests: Mapping[str, list[str]],
     entries: Mapping[str, list[SectionEntry]],
+    written: Mapping[str, int],
 ) -> Manifest:
-    structure = snapshot.structure()
-    whole = content.content_digest(structure, specs, digests)
+    whole = content.content_digest(form.structure, form.own_specs, digests)
     return Manifest(
         writer=f"semq_state {version('semq-state')}",
-        codec=codec,
-        structure=structure,
+        codec=form.codec,
+        structure=form.structure,
         tensors={
             name: TensorEntry(spec, tuple(digests[name]), tuple(entries[name])) for name, spec in specs.items()
         },
         provenance=snapshot.provenance.as_dict(),
         content_digest=whole,
         state_id=content.state_id(whole, snapshot.provenance.identity()),
+        report={} if form.coding is None else measured(form, snapshot, written).as_dict(),
     )
 
 

@@ -6,6 +6,8 @@ from semq_state.snapshot.assembly import assemble as assemble
 from semq_state.snapshot.cache import CacheState as CacheState
 from semq_state.snapshot.cache import LayerState as LayerState
 from semq_state.snapshot.cache import Tensors as Tensors
+from semq_state.snapshot.coding import Coding as Coding
+from semq_state.snapshot.coding import SectionError as SectionError
 from semq_state.snapshot.generation import GenerationState as GenerationState
 from semq_state.snapshot.generation import ProcessorState as ProcessorState
 from semq_state.snapshot.whole import Checkpoint as Checkpoint

@@ -14,6 +14,7 @@ from semq_state import content
 from semq_state.errors import UnsupportedOperationError
 from semq_state.provenance import Provenance
 from semq_state.snapshot.cache import CacheState, Tensors, take_rows
+from semq_state.snapshot.coding import Coding
 from semq_state.snapshot.generation import GenerationState
 
 
@@ -55,6 +56,8 @@ class Snapshot:
         provenance: the model that made it.
         known_digests: tensor name to the digests of its chunks, where a file has told and proved them.
         checkpoints: earlier moments to which `crop` can go back, earliest first.
+        coding: of a state that was read from a compact file: how it had been coded, and with what error.
+        coded_id: the identity of such a state, which is computed over its symbols; empty for any other.
     """
 
     cache: CacheState
@@ -62,10 +65,15 @@ class Snapshot:
     provenance: Provenance
     known_digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     checkpoints: tuple[Checkpoint, ...] = ()
+    coding: Coding | None = None
+    coded_id: str = ""
 
     @cached_property
     def state_id(self) -> str:
-        """`sha256:…` of everything that this state is; the same wherever and however it is saved."""
+        """`sha256:…` of everything that this state is; the same wherever and under whatever lossless codec it is
+        saved. Of a state read from a compact file it is that file's."""
+        if self.coded_id:
+            return self.coded_id
         tensors = self.tensors()
         digests = self.known_digests or content.all_digests(tensors)
         whole = content.content_digest(self.structure(), dict(content.specs_of(tensors)), digests)
@@ -235,6 +243,8 @@ class Snapshot:
                     self.generation, rng={"cpu": torch.Generator().manual_seed(seed).get_state()}
                 ),
                 known_digests={},
+                coding=None,
+                coded_id="",
             )
             for seed in seeds
         )
@@ -283,6 +293,8 @@ class Snapshot:
             if dtype is not None
             else self.provenance,
             known_digests={} if dtype is not None else self.known_digests,
+            coding=None if dtype is not None else self.coding,
+            coded_id="" if dtype is not None else self.coded_id,
             checkpoints=tuple(
                 dataclasses.replace(c, cache=c.cache.map(moved), attributes=all_of(c.attributes, moved))
                 for c in self.checkpoints
