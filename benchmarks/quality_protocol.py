@@ -3,9 +3,8 @@
 A segment is a prefix of 1,024 tokens and the 256 that follow it. The prefix is prefilled once; for each method its
 cache is replaced by the decoded one and the model is teacher-forced through
 
-- the following tokens (every domain), and
-- a repetition of the prefix's tokens 300 to 428, scored from the 17th on (first domain only): copying from the
-  context, where a cache that only keeps averages fails.
+- the following tokens, and
+- a repetition of the prefix's tokens 300 to 428, scored from the 17th on: copying from the context, where a cache that only keeps averages fails.
 
 Everything is computed in the model's dtype; use float32. Python source as a domain is read from the standard
 library of the running Python (PSF licence), so it differs a little from version to version.
@@ -126,7 +125,7 @@ class Protocol:
     Args:
         model: a causal model whose cache is one pair of tensors a layer.
         tokenizer: its tokenizer.
-        texts: domains by name. The first one also has the copying test.
+        texts: domains by name.
         n_segments: how many of each text, evenly spread over it.
     """
 
@@ -135,9 +134,9 @@ class Protocol:
     ) -> None:
         self.model = model
         self._segments: list[tuple[Segment, list[_Test]]] = []
-        for i, (domain, text) in enumerate(texts.items()):
+        for domain, text in texts.items():
             for ids in spread(token_ids(tokenizer, text), n_segments, N_PREFIX + N_NEXT + 1):
-                self._segments.append(self._prepared(domain, ids, copying=i == 0))
+                self._segments.append(self._prepared(domain, ids))
 
     @property
     def segments(self) -> list[Segment]:
@@ -172,14 +171,14 @@ class Protocol:
             row |= _columns(name, found)
         return {**row, "seconds": seconds / len(self._segments)}
 
-    def _prepared(self, domain: str, ids: Tensor, *, copying: bool) -> tuple[Segment, list[_Test]]:
+    def _prepared(self, domain: str, ids: Tensor) -> tuple[Segment, list[_Test]]:
         prefix, following = ids[:N_PREFIX], ids[N_PREFIX:]
         segment = Segment(domain, prefix[None], prefill(self.model, prefix[None]))
-        tests = [self._test(segment, domain, following[:-1], slice(None), following[1:])]
-        if copying:
-            copied = prefix[COPIED]
-            scored = slice(COPY_SKIPS - 1, -1)
-            tests.append(self._test(segment, "copy", copied, scored, copied[COPY_SKIPS:]))
+        copied, scored = prefix[COPIED], slice(COPY_SKIPS - 1, -1)
+        tests = [
+            self._test(segment, domain, following[:-1], slice(None), following[1:]),
+            self._test(segment, "copy", copied, scored, copied[COPY_SKIPS:]),
+        ]
         return segment, tests
 
     def _test(self, segment: Segment, name: str, fed: Tensor, scored: slice, targets: Tensor) -> _Test:

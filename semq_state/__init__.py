@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from semq_state.audit.verify import Verification as Verification
 from semq_state.audit.verify import verify as verify
+from semq_state.calibration import Calibration as Calibration
 from semq_state.capture import capture as capture
 from semq_state.capture import snapshot_of as snapshot_of
+from semq_state.codecs import Transform as Transform
 from semq_state.errors import CalibrationError as CalibrationError
 from semq_state.errors import FormatError as FormatError
 from semq_state.errors import IncompleteStateError as IncompleteStateError
@@ -31,11 +33,13 @@ from semq_state.errors import UnsupportedOperationError as UnsupportedOperationE
 from semq_state.files import inspect as inspect
 from semq_state.files import load as load
 from semq_state.files import save as save
+from semq_state.measuring import calibrate as calibrate
 from semq_state.provenance import Provenance as Provenance
 from semq_state.restore import Resumed as Resumed
 from semq_state.restore import restore as restore
 from semq_state.snapshot import Snapshot as Snapshot
 from semq_state.support import Support as Support
 from semq_state.support import supports as supports
+from semq_state.symbolic import Policy as Policy
 
 __version__ = "0.1.0"

@@ -134,7 +134,7 @@ def fingerprint(model: Any, tokenizer: Any = None, *, weights: str = "full", ada
         adapters=_adapters(adapters_of if adapters_of is not None else model),
         quantization=plain(quantization if isinstance(quantization, dict) else quantization.to_dict()),
         dtype=str(model.dtype).removeprefix("torch."),
-        model_name=f"{model.config.model_type} {model.num_parameters() / 1e6:.0f}M",
+        model_name=model_name(model),
         versions={
             "python": platform.python_version(),
             **_library_versions(),
@@ -144,6 +144,11 @@ def fingerprint(model: Any, tokenizer: Any = None, *, weights: str = "full", ada
         threads=torch.get_num_threads(),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def model_name(model: Any) -> str:
+    """A name for people, from the architecture and the size; a path or hub id would tell more than it should."""
+    return f"{model.config.model_type} {model.num_parameters() / 1e6:.0f}M"
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

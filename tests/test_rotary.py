@@ -21,9 +21,9 @@ from semq_state import rotary_fit
 from semq_state.caches.cache import dump_cache, mark_cache
 from semq_state.errors import FormatError, IntegrityError, UnsupportedModelError
 from semq_state.generation.undisturbed import undisturbed
-from semq_state.rotary import MAX_DIMS, ROTARY_LAYOUTS, Rotary
 from semq_state.measuring.rotary_fit import fit
 from semq_state.measuring.rotary_of import measured, rotary_of
+from semq_state.rotary import MAX_DIMS, ROTARY_LAYOUTS, Rotary
 
 GOOD = {"layout": "half", "begin": 0, "n_dims": 4, "inv_freq": [1.0, 0.01]}
 BAD: dict[str, Any] = {

@@ -29,8 +29,8 @@ class LayerSet:
         n_heads: KV heads of each.
         key_dim: numbers of a key of one head.
         value_dim: numbers of a value of one head.
-        rotaries: how keys and values of each layer turn with the position; None where they do not. (Latent attention
-            keeps what it rotates as values.)
+        rotaries: how keys and values of each layer turn with the position; None where they do not. (Latent
+            attention keeps what it rotates as values.)
         scale: `(n_dims,)` float32, square roots of the importance.
         mean: `(n_dims,)` float32, of the scaled vectors.
         tells: `(n_now + n_before, n_dims)` int8, what the features of the tokens tell of the scaled vector.

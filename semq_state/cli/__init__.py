@@ -6,6 +6,8 @@ import sys
 
 import typer
 
+from semq_state.cli.calibrate import calibrate
+from semq_state.cli.convert import convert
 from semq_state.cli.demo import demo
 from semq_state.cli.doctor import doctor
 from semq_state.cli.inspect import inspect
@@ -22,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (run, resume, inspect, verify, doctor, demo):
+for command in (run, resume, inspect, verify, convert, calibrate, doctor, demo):
     app.command()(command)
 
 

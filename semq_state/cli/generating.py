@@ -16,7 +16,15 @@ from semq_state.cli.progress import TokensBar, bytes_bar
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 …")]
 Dtype = Annotated[str, typer.Option(help="The model's dtype; `auto` takes the checkpoint's own.")]
 Every = Annotated[int, typer.Option(min=1, help="Tokens between two saves.")]
-Codec = Annotated[str, typer.Option(help="exact, exact-max or raw; all of them are lossless.")]
+Codec = Annotated[
+    str,
+    typer.Option(
+        help="Lossless: exact, exact-max, raw. Compact: near, compact, tiny, kl=0.002, ratio=20, or a codec's id."
+    ),
+]
+CalibrationFile = Annotated[
+    Path | None, typer.Option("--calibration", help="A calibration's file, instead of the cache folder's.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")]
 Seed = Annotated[int | None, typer.Option(help="Start a new random stream with this seed.")]
 

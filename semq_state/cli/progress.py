@@ -26,6 +26,14 @@ def bytes_bar(words: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextlib.contextmanager
+def steps_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for work in several stages: gives what `sq.calibrate` takes as `progress`."""
+    with _bar(MofNCompleteColumn()) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda words, done, total: bar.update(task, description=words, completed=done, total=total)
+
+
 class TokensBar:
     """A bar over generated tokens, as a streamer for `generate`."""
 

@@ -9,7 +9,7 @@ import typer
 
 import semq_state as sq
 from semq_state.cli import generating
-from semq_state.cli.generating import Codec, Device, Dtype, Every, Json, Seed
+from semq_state.cli.generating import CalibrationFile, Codec, Device, Dtype, Every, Json, Seed
 from semq_state.cli.progress import bytes_bar
 
 
@@ -24,6 +24,7 @@ def resume(
     save: Annotated[Path | None, typer.Option(help="Where to keep the newest state from here on.")] = None,
     every: Every = 64,
     codec: Codec = "exact",
+    calibration: CalibrationFile = None,
     allow: Annotated[list[str] | None, typer.Option(help="Accept a difference by name, `weights` say.")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -34,7 +35,7 @@ def resume(
     from semq_state.cli.models import load_model
 
     with bytes_bar(f"loading {file.name}") as progress:
-        snapshot = sq.load(file, progress=progress)
+        snapshot = sq.load(file, calibration=calibration, progress=progress)
     live, tokenizer = load_model(model, dtype=dtype, device=device)
     resumed = sq.restore(snapshot, live, tokenizer=tokenizer, allow=tuple(allow or ()))
     options: dict[str, Any] = {} if tokens is None else {"max_new_tokens": tokens}

@@ -145,6 +145,11 @@ def decode(
     return keys, values
 
 
+def components_of(layers: LayerSet, scaled: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """The components of vectors that are scaled already, `(n_tokens, n_components)`."""
+    return _Forward(layers).of_scaled(scaled, features)
+
+
 class _Forward:
     """Vectors to components, in the calibration's order."""
 
@@ -157,7 +162,10 @@ class _Forward:
         self.order = torch.argsort(layers.bands, descending=True, stable=True)
 
     def __call__(self, vectors: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        scaled = (vectors * self._layers.scale - self._layers.mean).addmm_(features, self._tells, alpha=-1.0)
+        return self.of_scaled(vectors * self._layers.scale, features)
+
+    def of_scaled(self, scaled: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        scaled = (scaled - self._layers.mean).addmm_(features, self._tells, alpha=-1.0)
         blocks = scaled.split_with_sizes([len(head) for head in self._heads], dim=1)
         heads = torch.cat([b @ head for b, head in zip(blocks, self._heads, strict=True)], dim=1)
         return torch.cat([heads @ self._mix, *(b @ t for b, t in zip(blocks, self._tails, strict=True))], dim=1)

@@ -50,7 +50,7 @@ def save(
     Args:
         snapshot: what to save.
         path: the file; an existing one is replaced.
-        codec: one of these words, the id of a codec (`rotated`, `uniform`, `semq`), or the value of a codec or policy.
+        codec: one of these words, the id of a codec (`rotated`, `uniform`, `semq`), or a codec or policy value.
         calibration: a calibration or its file, instead of the one that the cache folder has for these weights.
         embed_calibration: carry the calibration along, so that the file can be read without any other.
         verify: read the file again, decode it and compare every digest before it counts as saved.

@@ -19,8 +19,8 @@ from transformers import DynamicCache
 from semq_state.caches.cache import dump_cache, mark_cache
 from semq_state.generation.seams import base_model
 from semq_state.generation.undisturbed import put_back, undisturbed
-from semq_state.rotary import Rotary
 from semq_state.measuring.rotary_fit import FIXED, Found, fit
+from semq_state.rotary import Rotary
 
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Relative errors of a pair of channels that the rounding of keys, cosines and sines of a dtype explains."""

@@ -1,0 +1,61 @@
+"""What a file says about itself, for people."""
+
+from __future__ import annotations
+
+import json
+
+from semq_state.files import SnapshotInfo
+from semq_state.snapshot import Coding
+
+
+def show_info(info: SnapshotInfo, *, as_json: bool) -> None:
+    """Prints a file's summary; plain lines, whatever the width of the terminal: a digest must never be cut."""
+    if as_json:
+        print(json.dumps(info.as_dict(), indent=2))
+        return
+    for name, value in _summary(info).items():
+        print(f"{name:<10} {value}")
+
+
+def _summary(info: SnapshotInfo) -> dict[str, str]:
+    said = info.as_dict()
+    made_by = said["provenance"]
+    coding = info.coding
+    return {
+        "file": f"{info.path}, format {said['format_version']}, {said['writer']}",
+        "state_id": info.state_id,
+        "tokens": f"{info.n_tokens} ({said['prompt_length']} of them the prompt), batch of {said['batch_size']}",
+        "cache": f"{said['n_layers']} layers ({', '.join(said['families'])}), {said['n_cached']} tokens cached",
+        "size": f"{info.n_bytes:,} bytes as {info.codec}, {said['ratio']:.3f} times smaller than raw",
+        **(_coding(coding) if coding else {}),
+        "model": f"{made_by['model_name']}, {made_by['dtype']}, {made_by['attention']} attention",
+        "weights": made_by["weights"],
+        "tokenizer": made_by["tokenizer"] or "not recorded",
+        "taken": f"{made_by['created']} on {made_by['device']} with {made_by['threads']} threads",
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(made_by["versions"].items())),
+    }
+
+
+def _coding(coding: Coding) -> dict[str, str]:
+    """What coding did to the state."""
+    said = {
+        "coded": ", ".join(f"{kind}: {codec}" for kind, codec in coding.picked.items())
+        + f"; {coding.bits_per_value:.3f} bits a value",
+        "source": coding.source,
+    }
+    if coding.worst:
+        errors = coding.errors.values()
+        worst = coding.errors[coding.worst]
+        mean = sum(error.relative for error in errors) / len(errors)
+        said["error"] = (
+            f"relative {mean:.4f} on average; at worst {worst.relative:.4f}, cosine {worst.cosine:.6f}, "
+            f"in {coding.worst}"
+        )
+    if coding.kl is not None:
+        said["expected"] = f"KL {coding.kl:.5f} nats in the next token, by the calibration"
+        said["calibrated"] = coding.calibration
+    if coding.n_exact_vectors:
+        said["escaped"] = f"{coding.n_exact_vectors} vectors that no codec takes, kept exactly"
+    for name, reason in coding.left_out.items():
+        said["left out"] = f"{name}: {reason}"
+    return said
