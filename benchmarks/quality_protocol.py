@@ -4,7 +4,8 @@ A segment is a prefix of 1,024 tokens and the 256 that follow it. The prefix is 
 cache is replaced by the decoded one and the model is teacher-forced through
 
 - the following tokens, and
-- a repetition of the prefix's tokens 300 to 428, scored from the 17th on: copying from the context, where a cache that only keeps averages fails.
+- a repetition of the prefix's tokens 300 to 428, scored from the 17th on: copying from the context, where a cache
+  that only keeps averages fails.
 
 Everything is computed in the model's dtype; use float32. Python source as a domain is read from the standard
 library of the running Python (PSF licence), so it differs a little from version to version.

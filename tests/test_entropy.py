@@ -112,10 +112,17 @@ def test_rows_alike_are_one_stream_and_a_change_is_found() -> None:
 
 
 def test_a_long_row_is_cut_inside() -> None:
-    symbols = np.zeros(1 << 20, np.int16)
-    symbols[: 1 << 18] = np.random.default_rng(0).integers(-100, 100, 1 << 18)
+    symbols = np.zeros((1, 1 << 20), np.int16)
+    symbols[0, : 1 << 18] = np.random.default_rng(0).integers(-100, 100, 1 << 18)
     _, params = round_trip(Pco(), symbols)
     assert [entry[:2] for entry in params["streams"]] == [["pco", 1 << 18], ["zeros", 3 << 18]]
+
+
+def test_symbols_without_rows_are_cut_where_they_change() -> None:
+    symbols = np.zeros(1 << 14, np.int16)
+    symbols[: 1 << 12] = np.random.default_rng(0).integers(-100, 100, 1 << 12)
+    _, params = round_trip(Pco(), symbols)
+    assert [entry[:2] for entry in params["streams"]] == [["pco", 1 << 12], ["zeros", 3 << 12]]
 
 
 def test_streams_longer_than_a_chunk_are_split(monkeypatch: pytest.MonkeyPatch) -> None:

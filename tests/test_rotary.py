@@ -17,10 +17,10 @@ from transformers import LlamaConfig, Phi3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from conftest import SIZES, tiny_model
-from semq_state import rotary_fit
 from semq_state.caches.cache import dump_cache, mark_cache
 from semq_state.errors import FormatError, IntegrityError, UnsupportedModelError
 from semq_state.generation.undisturbed import undisturbed
+from semq_state.measuring import rotary_fit
 from semq_state.measuring.rotary_fit import fit
 from semq_state.measuring.rotary_of import measured, rotary_of
 from semq_state.rotary import MAX_DIMS, ROTARY_LAYOUTS, Rotary

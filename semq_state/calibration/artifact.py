@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -239,6 +240,9 @@ class Calibration:
             and now.ndim == before.ndim == 2
             and len(now) == len(before) > 0
             and type(self.weights) is type(self.model_name) is str
+            and type(self.about) is dict
+            and all(math.isfinite(x) and x > 0 for p in curve for x in (p.step, p.bits_per_value))
+            and all(math.isfinite(p.kl) for p in curve)
             and self.tensors().keys() == tensors.keys()
         )
         if not sound:

@@ -50,7 +50,7 @@ def bits_at(calibration: Calibration, step: float) -> float:
     low, high = _around(curve, step)
     if low is not high:
         return math.exp(_between(step, low, high, lambda point: math.log(max(point.bits_per_value, 1e-12))))
-    if low is curve[0]:  # finer than measured: a bit for each halving
+    if step <= low.step:  # finer than measured: a bit for each halving
         return low.bits_per_value + math.log2(low.step / step)
     return low.bits_per_value * low.step / step
 

@@ -97,7 +97,10 @@ def of_parts(table: torch.Tensor, tensors: Mapping[str, torch.Tensor], where: st
             raise ValueError("no table")
         told = _unpacked(content.raw_bytes(table).tobytes())
         return Calibration.of(told, dict(tensors))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, FormatError, RecursionError) as error:
+    except (
+        ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError,
+        FormatError, RecursionError, msgpack.UnpackException,
+    ) as error:  # fmt: skip
         raise _unusable(where, "a whole calibration", f"{type(error).__name__}: {error!s:.200}") from error
 
 

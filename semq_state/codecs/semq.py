@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from semq_state.codecs.parts import check_vectors
 from semq_state.codecs.semq_rules import (
     OPERATORS,
     TINY,
@@ -103,6 +104,7 @@ class Semq(AbstractVectorCodec):
         return Symbolic({"symbols": Symbols(shaped, 0, operator.n_symbols - 1)}, exact, params)
 
     def decode(self, symbolic: Symbolic, shape: tuple[int, ...]) -> torch.Tensor:
+        check_vectors(self.id, shape)
         operator, params = _recorded(symbolic.params, shape)
         symbols = _checked_symbols(symbolic, operator, shape)
         norms, means = _checked_exact(symbolic, params["centred"], shape)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, final
 
 import torch
@@ -33,7 +34,7 @@ _Where = tuple[int, slice]  # a row, and a run of its tokens
 _RUN = 4096  # tokens whose symbols are one stream
 _SPAN = 512  # tokens at a time, so that what is made of them stays in the cache
 _MOST = 32_000
-_SHRUNK = 8  # larger symbols are put back where they are: there it would not show
+_RARE = 12  # where fewer than one symbol in so many is not zero, a coarser step elsewhere costs less
 _TELLING = 300  # components from which the importance of a token is predicted
 _OUTLYING = 6.0  # standard deviations beyond which a component tells no more
 _FAR = 1024  # tokens away beyond which distance tells no more
@@ -101,6 +102,7 @@ class Transform:
         classes, spans = [torch.empty(0, dtype=torch.uint8)], [torch.empty(0, layers.n_components).short()]
         for where, features in _spans(tokens):
             components = forward(gathered(layers, keys, values, tokens, where), features)
+            components.nan_to_num_(nan=torch.finfo(torch.float32).max)  # of sums that overflow, which are clipped
             steps = _classes(layers, components, features, tokens, where)
             components /= (self.step * _sizes(steps))[:, None]
             rounded = components.abs().add_(_ROUND).floor_().clamp_(max=_MOST).copysign_(components)
@@ -130,19 +132,39 @@ def decode(
     shape = (len(layers.layers), batch, layers.n_heads, seq)
     keys = torch.empty((*shape, layers.key_dim), dtype=dtype)
     values = torch.empty((*shape, layers.value_dim), dtype=dtype)
-    order = torch.argsort(layers.bands, descending=True, stable=True)
-    tables = [
-        _unstreamed(stream, steps[rows], layers.bands[order], low)
-        for stream, rows, low in zip(streams, _runs(len(steps)), lowest, strict=True)
-    ]
-    width = max((table.shape[1] for table in tables), default=0)
-    inverse = _Inverse(layers, order[:width], shrink, torch.float32 if dtype.itemsize > 2 else torch.bfloat16)
-    for begin, (where, features) in _counted(_spans(tokens)):
-        rows = slice(begin, begin + len(features))
-        table = _rows_of(tables, rows, width)
-        vectors = inverse(table, step * _sizes(steps[rows]), features)
-        scattered(layers, vectors, tokens, where, keys, values)
+    bands, order = layers.bands.sort(descending=True, stable=True)
+    features, flat = tokens.features.flatten(0, 1), tokens.positions.flatten()
+    inverse: _Inverse | None = None
+    for stream, run, low in zip(streams, _runs(len(steps)), lowest, strict=True):
+        table = _table(stream, steps[run], bands, low)
+        inverse = inverse or _Inverse(
+            layers, order, shrink, torch.float32 if dtype.itemsize > 2 else torch.bfloat16
+        )
+        # Tokens by rising class: the coarser the step, the fewer components there are to multiply.
+        by_class = run.start + torch.argsort(steps[run], stable=True)
+        for at in range(0, len(by_class), _SPAN):
+            some = by_class[at : at + _SPAN]
+            width = int((bands >= low + int(steps[some[0]])).sum()) if len(table) else 0
+            sizes = step * _sizes(steps[some])
+            vectors = inverse(table[:width, at : at + _SPAN], sizes, features[some])
+            _put(layers, vectors, some, flat[some], keys, values)
     return keys, values
+
+
+def clipped(layers: LayerSet, symbolic: Symbolic, tokens: Tokens) -> torch.Tensor | None:
+    """The tokens that lie further out than symbols reach, `(batch, seq)`; None where there are none."""
+    streams = [i for i in range(len(symbolic.symbols) - 1) if symbolic.symbols[f"components.{i}"].highest >= _MOST]
+    if not streams:
+        return None
+    steps = symbolic.symbols["steps"].values
+    bands = layers.bands.sort(descending=True, stable=True).values
+    found = torch.zeros(len(steps), dtype=torch.bool)
+    for i in streams:
+        rows = _runs(len(steps))[i]
+        stream = symbolic.symbols[f"components.{i}"].values
+        table = _unstreamed(stream, steps[rows], bands, symbolic.params["lowest"][i])
+        found[rows] = (table.abs() >= _MOST).any(dim=1)
+    return found.view(tokens.positions.shape)
 
 
 def components_of(layers: LayerSet, scaled: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -172,38 +194,61 @@ class _Forward:
 
 
 class _Inverse:
-    """Symbols of some components to vectors, in the precision that the cache's dtype asks for."""
+    """Symbols of some components to vectors, in the precision that the cache's dtype asks for.
 
-    def __init__(self, layers: LayerSet, columns: torch.Tensor, shrink: float, precision: torch.dtype) -> None:
+    In bfloat16 a product's operands are rounded to 8 bits, as the decoded numbers themselves are in the end.
+
+    Args:
+        layers: the calibrated transform.
+        order: which component each column of the symbols is.
+        shrink: by how much small symbols are put back nearer to zero.
+        precision: of the matrix products.
+    """
+
+    def __init__(self, layers: LayerSet, order: torch.Tensor, shrink: float, precision: torch.dtype) -> None:
         self._layers, self._shrink, self._precision = layers, shrink, precision
-        n_mixed = layers.mix.shape[1]
-        self._mixed = (columns < n_mixed).nonzero().flatten()
-        self._mix = layers.mix[:, columns[self._mixed]].to(precision).T.contiguous()
-        self._tells = (layers.tells.float() * layers.tells_scale[:, None]).to(precision)
-        self._tails, self._blocks = [], []
-        begin = n_mixed
-        for head, tail, scale in zip(layers.heads, layers.tails, layers.tails_scale, strict=True):
-            end = begin + tail.shape[1]
-            kept = ((columns >= begin) & (columns < end)).nonzero().flatten()
-            own = columns[kept] - begin
-            whole = torch.cat([head.float(), tail[:, own].float() * scale[own]], dim=1)
-            self._tails.append(kept)
-            self._blocks.append(whole.to(precision).T.contiguous())
+        edges = [0, layers.mix.shape[1]]
+        for tail in layers.tails:
+            edges.append(edges[-1] + tail.shape[1])
+        # The columns of the mixed components, then of each block's tail, those of the widest spread first.
+        self._columns = [((order >= begin) & (order < end)).nonzero().flatten() for begin, end in pairwise(edges)]
+        self._mix = layers.mix.index_select(1, order[self._columns[0]]).to(precision)
+        tells = layers.tells.float() * layers.tells_scale[:, None] / layers.scale
+        self._mean = layers.mean / layers.scale
+        self._blocks, begin = [], 0
+        bases = zip(layers.heads, layers.tails, layers.tails_scale, strict=True)
+        for (head, tail, scale), columns, first in zip(bases, self._columns[1:], edges[1:], strict=False):
+            own, end = order[columns] - first, begin + len(head)
+            basis = torch.cat([head.float(), tail.index_select(1, own).float() * scale[own]], dim=1)
+            basis /= layers.scale[begin:end, None]
+            # What is multiplied whatever the width comes first, so that a narrow product takes the first rows.
+            parts = [basis[:, : head.shape[1]].T, tells[:, begin:end], basis[:, head.shape[1] :].T]
+            self._blocks.append(torch.cat(parts).to(precision))
             begin = end
 
     def __call__(self, symbols: torch.Tensor, steps: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        values = symbols.to(self._precision)
-        values -= torch.sign(values) * (values.abs() < _SHRUNK) * self._shrink
-        heads = values[:, self._mixed] @ self._mix
-        vectors = torch.empty(len(symbols), self._layers.n_dims)
-        begin, strong = 0, heads.split_with_sizes([head.shape[1] for head in self._layers.heads], dim=1)
-        for head, kept, block in zip(strong, self._tails, self._blocks, strict=True):
-            end = begin + block.shape[1]
-            vectors[:, begin:end] = torch.cat([head, values[:, kept]], dim=1) @ block
+        """Vectors of tokens, float32 `(n_tokens, n_dims)`.
+
+        Args:
+            symbols: `(n, n_tokens)`, of the first `n` components in order.
+            steps: of each token.
+            features: of each token.
+        """
+        kept = [columns[: int((columns < len(symbols)).sum())] for columns in self._columns]
+        # Component by component, so that picking some of them copies whole rows.
+        whole = symbols.index_select(0, torch.cat(kept))
+        values = whole.to(self._precision).sub_(whole.clamp_(-1, 1), alpha=self._shrink)
+        values *= steps.to(self._precision)
+        features = features.T.to(self._precision)
+        mixed, *tails = values.split_with_sizes([len(columns) for columns in kept])
+        heads = (self._mix[:, : len(mixed)] @ mixed).split_with_sizes([h.shape[1] for h in self._layers.heads])
+        vectors = torch.empty(len(steps), self._layers.n_dims)
+        begin = 0
+        for head, tail, block in zip(heads, tails, self._blocks, strict=True):
+            end, rows = begin + block.shape[1], torch.cat([head, features, tail])
+            torch.add(rows.T @ block[: len(rows)], self._mean[begin:end], out=vectors[:, begin:end])
             begin = end
-        vectors *= steps[:, None]
-        vectors += features.to(self._precision) @ self._tells
-        return vectors.add_(self._layers.mean).div_(self._layers.scale)
+        return vectors
 
 
 def gathered(
@@ -222,23 +267,28 @@ def gathered(
     return vectors.flatten(1)
 
 
-def scattered(
+def _put(
     layers: LayerSet,
     vectors: torch.Tensor,
-    tokens: Tokens,
-    where: _Where,
+    which: torch.Tensor,
+    positions: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    """The inverse of `gathered`, into `keys` and `values`."""
-    row, span = where
+    """The inverse of `gathered`, into `keys` and `values`, of tokens in any order, counted through all rows."""
     split = vectors.view(len(vectors), len(layers.layers), layers.n_heads, -1)
-    positions = tokens.positions[row, span]
+    row, at = which // keys.shape[3], which % keys.shape[3]
+    rows = [(r, row == r) for r in sorted(set(row.tolist()))] if len(keys[0]) > 1 else [(0, slice(None))]
     for i, (states, part) in enumerate(_parts(layers, keys, values)):
-        for rotary, which in _turning(layers, i):
-            some = split[:, which, :, part].permute(1, 2, 0, 3)
-            some = some if rotary is None else rotary.redo(some, positions)
-            states[which, row, :, span] = some.to(states.dtype)
+        for rotary, of in _turning(layers, i):
+            some = split[:, of, :, part].permute(1, 2, 0, 3)
+            some = (some if rotary is None else rotary.redo(some, positions)).to(states.dtype)
+            for r, own in rows:
+                if isinstance(of, slice):
+                    states[of, r].index_copy_(2, at[own], some[:, :, own])
+                else:
+                    for layer, one in zip(of, some, strict=True):
+                        states[layer, r].index_copy_(1, at[own], one[:, own])
 
 
 def _parts(layers: LayerSet, keys: torch.Tensor, values: torch.Tensor) -> list[tuple[torch.Tensor, slice]]:
@@ -263,26 +313,9 @@ def _spans(tokens: Tokens) -> Iterator[tuple[_Where, torch.Tensor]]:
             yield (row, span), tokens.features[row, span]
 
 
-def _counted(spans: Iterator[tuple[_Where, torch.Tensor]]) -> Iterator[tuple[int, tuple[_Where, torch.Tensor]]]:
-    """Each span with the number of tokens before it."""
-    before = 0
-    for span in spans:
-        yield before, span
-        before += len(span[1])
-
-
 def _runs(n_tokens: int) -> list[slice]:
     """The tokens whose symbols make one stream."""
     return [slice(at, min(at + _RUN, n_tokens)) for at in range(0, n_tokens, _RUN)]
-
-
-def _rows_of(tables: list[torch.Tensor], rows: slice, width: int) -> torch.Tensor:
-    """Some rows of tables that stand one below the other, all as wide."""
-    pieces = []
-    for i in range(rows.start // _RUN, (rows.stop - 1) // _RUN + 1):
-        piece = tables[i][max(rows.start - i * _RUN, 0) : rows.stop - i * _RUN]
-        pieces.append(torch.nn.functional.pad(piece, (0, width - piece.shape[1])))
-    return torch.cat(pieces)
 
 
 def matters(layers: LayerSet, components: torch.Tensor, features: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
@@ -337,18 +370,19 @@ def _blocks(classes: torch.Tensor, bands: torch.Tensor) -> list[tuple[int, slice
 
 
 def _streamed(table: torch.Tensor, classes: torch.Tensor, bands: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The symbols of a table of tokens and components in the order of `_blocks`, as far as they are not all zeros,
-    and the lowest `band - class` that is among them."""
-    table = table[torch.argsort(classes, stable=True)]
+    """The symbols of a table of tokens and components in the order of `_blocks`, down to the lowest `band - class`
+    at which enough of them are not zero; and that."""
+    table = table[torch.argsort(classes, stable=True)].T.contiguous()
     blocks = _blocks(classes, bands)
-    pieces = [table[rows, columns].reshape(-1) for _, rows, columns in blocks]
-    while pieces and not pieces[-1].any():
-        pieces.pop()
-    lowest = blocks[len(pieces) - 1][0] if pieces else 0
-    pieces = [piece for piece, block in zip(pieces, blocks, strict=False) if block[0] >= lowest]
-    pieces += [
-        table[rows, columns].reshape(-1) for level, rows, columns in blocks[len(pieces) :] if level == lowest
-    ]
+    pieces = [table[columns, rows].reshape(-1) for _, rows, columns in blocks]
+    filled: dict[int, list[int]] = {}
+    for (level, _, _), piece in zip(blocks, pieces, strict=True):
+        counts = filled.setdefault(level, [0, 0])
+        counts[0] += int(torch.count_nonzero(piece))
+        counts[1] += len(piece)
+    kept = [level for level, (n_nonzero, n) in filled.items() if n_nonzero * _RARE > n]
+    lowest = min(kept, default=0)
+    pieces = [piece for piece, block in zip(pieces, blocks, strict=True) if kept and block[0] >= lowest]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=table.dtype), lowest
 
 
@@ -358,17 +392,23 @@ def _unstreamed(stream: torch.Tensor, classes: torch.Tensor, bands: torch.Tensor
     Raises:
         IntegrityError: the stream is not as long as the blocks.
     """
+    table = _table(stream, classes, bands, lowest).T
+    unsorted = torch.empty_like(table)
+    unsorted[torch.argsort(classes, stable=True)] = table
+    return unsorted
+
+
+def _table(stream: torch.Tensor, classes: torch.Tensor, bands: torch.Tensor, lowest: int) -> torch.Tensor:
+    """The same, one component below the other, with the tokens still sorted by class."""
     blocks = [block for block in _blocks(classes, bands) if block[0] >= lowest] if len(stream) else []
     sizes = [(rows.stop - rows.start) * (columns.stop - columns.start) for _, rows, columns in blocks]
     if sum(sizes) != len(stream):
         raise damaged(Transform.id, f"{sum(sizes)} symbols", str(len(stream)))
     width = max((columns.stop for _, _, columns in blocks), default=0)
-    table = torch.zeros(len(classes), width, dtype=stream.dtype)
+    table = torch.zeros(width, len(classes), dtype=stream.dtype)
     for (_, rows, columns), piece in zip(blocks, stream.split_with_sizes(sizes), strict=True):
-        table[rows, columns] = piece.view(rows.stop - rows.start, -1)
-    unsorted = torch.empty_like(table)
-    unsorted[torch.argsort(classes, stable=True)] = table
-    return unsorted
+        table[columns, rows] = piece.view(-1, rows.stop - rows.start)
+    return table
 
 
 def _checked(symbolic: Symbolic, tokens: Tokens) -> tuple[torch.Tensor, list[torch.Tensor]]:

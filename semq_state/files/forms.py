@@ -15,7 +15,7 @@ from semq_state.calibration import Calibration
 from semq_state.codecs import AbstractCodec, AbstractVectorCodec, Pco, Planes, Transform
 from semq_state.container import EMBEDDED
 from semq_state.content import TensorSpec
-from semq_state.errors import UnknownCodecError
+from semq_state.errors import CalibrationError, UnknownCodecError
 from semq_state.snapshot import Coding, SectionError, Snapshot
 from semq_state.symbolic import Group, Policy, prefix_of
 
@@ -75,6 +75,8 @@ def form_of(
 
 def _compact(snapshot: Snapshot, codec: Codec, calibration: Calibration | None, embed: bool) -> Form:
     word, policy = _policy(snapshot, codec, calibration)
+    if policy.transform is not None:
+        _check_model(policy.transform.calibration, snapshot)
     source = snapshot.state_id
     left_out: dict[str, str] = {}
     state = snapshot.generation
@@ -191,6 +193,17 @@ def _policy(snapshot: Snapshot, codec: Codec, calibration: Calibration | None) -
             do="choose one",
         )
     return codec, symbolic.policy_for(codec, calibration, snapshot.provenance.model_name)
+
+
+def _check_model(calibration: Calibration, snapshot: Snapshot) -> None:
+    weights = snapshot.provenance.weights
+    if calibration.weights != weights:
+        raise CalibrationError(
+            f"calibration {calibration.digest:.24}…",
+            expected=f"one of the model that made this state, weights {weights:.24}…",
+            found=f"one of {calibration.model_name or 'another model'}, weights {calibration.weights:.24}…",
+            do="calibrate the state's own model",
+        )
 
 
 def _picked(snapshot: Snapshot, groups: list[Group]) -> dict[str, str]:

@@ -77,7 +77,8 @@ def assembled(manifest: Manifest, tensors: dict[str, torch.Tensor], where: str) 
         coding = Coding.from_dict(manifest.report) if manifest.report else None
         with told_from(where):
             if not is_coded(manifest):
-                return assemble(manifest.structure, tensors, provenance, known)
+                snapshot = assemble(manifest.structure, tensors, provenance, known)
+                return dataclasses.replace(snapshot, coding=coding)
             snapshot = assemble(without_groups(manifest.structure), tensors, provenance, {})
             return dataclasses.replace(snapshot, coding=coding, coded_id=manifest.state_id)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

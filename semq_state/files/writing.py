@@ -14,7 +14,7 @@ from semq_state.calibration import Calibration
 from semq_state.codecs import AbstractCodec, Encoded
 from semq_state.container import MANIFEST, Manifest, SectionEntry, SectionWriter, TensorEntry
 from semq_state.content import TensorSpec
-from semq_state.errors import CalibrationError, IntegrityError
+from semq_state.errors import IntegrityError
 from semq_state.files.forms import Codec, Form, form_of, measured
 from semq_state.files.info import SnapshotInfo
 from semq_state.files.opening import opened
@@ -118,18 +118,11 @@ def _calibration_for(
     snapshot: Snapshot, codec: Codec, given: Calibration | str | os.PathLike[str] | None
 ) -> Calibration | None:
     """The calibration for a save: the one that was given, or the one that the folder has."""
-    weights = snapshot.provenance.weights
     if given is None:
-        return calibrations.find(weights) if isinstance(codec, str) and is_lossy(codec) else None
-    found = given if isinstance(given, Calibration) else calibrations.load_calibration(given)
-    if found.weights != weights:
-        raise CalibrationError(
-            f"calibration {found.digest:.24}…",
-            expected=f"one of the model that made this state, weights {weights:.24}…",
-            found=f"one of {found.model_name or 'another model'}, weights {found.weights:.24}…",
-            do="calibrate the state's own model",
+        return (
+            calibrations.find(snapshot.provenance.weights) if isinstance(codec, str) and is_lossy(codec) else None
         )
-    return found
+    return given if isinstance(given, Calibration) else calibrations.load_calibration(given)
 
 
 def _in_file_order(specs: Mapping[str, TensorSpec], form: Form) -> list[str]:

@@ -24,6 +24,7 @@ from semq_state.measuring.calibrate import Progress
 from semq_state.measuring.fitting import Sample
 from semq_state.measuring.observing import Kept
 from semq_state.measuring.rotary_of import rotary_of
+from semq_state.snapshot import CacheState
 
 N_TOKENS = 1024
 """Tokens of a text after which its cache is looked at."""
@@ -36,7 +37,7 @@ _SINKS = 4
 _HELD_OUT = 4
 _DRAWS = 2
 _SHARE = 0.19  # of the size of the model that a calibration takes at most
-_FEATURES = (192, 64)
+_FEATURES = (128, 32)
 _FEATURES_SHARE = 0.05
 _MEMORY = 2 << 30  # bytes of observed vectors that are kept
 _COPIED_AT_MOST = 1 << 31  # parameters of a model of which a copy in float32 is made
@@ -100,11 +101,12 @@ def _measured(
         )
     bare = [_bare(each, rotations) for each in kept]
     n_values = sum((each.seq - _skipped(each)) * layers.n_dims for each, layers in zip(kept, bare, strict=True))
-    weights, tokens_matter = _gradients(model, fit[:n_gradients], kept, seed, tell)
+    squares, seen = _watched(model, fit, kept, bare, n_gradients, seed, tell)
+    weights, tokens_matter = _importance(squares, kept)
     # In these units a step s is expected to lead to KL = s²: N p s² / 24 without them.
     unit = (n_values / 24) ** 0.5
     scaled = [_with_scale(layers, w, unit) for layers, w in zip(bare, weights, strict=True)]
-    seen = _observed(model, fit, kept, scaled, n_gradients, tell)
+    seen = [[_in_units(s, layers) for s in own] for own, layers in zip(seen, scaled, strict=True)]
     n_bytes = sum(p.numel() for p in model.parameters()) * 2
     n_vocab = int(model.get_input_embeddings().weight.shape[0])
     share = min(1.0, _FEATURES_SHARE * n_bytes / (n_vocab * sum(_FEATURES)))
@@ -170,27 +172,62 @@ def _with_scale(layers: LayerSet, weights: torch.Tensor, unit: float) -> LayerSe
     return replace(layers, scale=scale.flatten().float().contiguous())
 
 
-def _gradients(
-    model: Any, runs: Sequence[torch.Tensor], kept: Sequence[Kept], seed: int, tell: Progress
-) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
-    """How much the next words depend on keys and values: of each set by head, `(n_layers, 2, kv_heads)`; and of
-    each text, of each set by token, in shares of the average."""
+def _watched(
+    model: Any,
+    runs: Sequence[torch.Tensor],
+    kept: Sequence[Kept],
+    layers: Sequence[LayerSet],
+    n_gradients: int,
+    seed: int,
+    tell: Progress,
+) -> tuple[list[list[torch.Tensor]], list[list[_Seen]]]:
+    """Of the first texts the squares of gradients of each set; and of each set the vectors of all texts, as many
+    tokens as memory is set aside for."""
     squares: list[list[torch.Tensor]] = []
+    seen: list[list[_Seen]] = [[] for _ in kept]
+    n_numbers = sum((each.seq - _skipped(each)) * own.n_dims for each, own in zip(kept, layers, strict=True))
+    share = min(1.0, _MEMORY / (2 * n_numbers * len(runs)))
     for at, ids in enumerate(runs):
-        tell("gradients", at, len(runs))
+        tell("states and gradients" if at < n_gradients else "states", at, len(runs))
         state = observing.prefilled(model, ids[:, :N_TOKENS])
-        place = int(torch.randint(0, N_TOKENS - _COPIED, (1,), generator=torch.Generator().manual_seed(seed + at)))
-        ways = ((ids[:, N_TOKENS : N_TOKENS + _NATURAL], 0), (ids[:, place : place + _COPIED], _COPY_SKIPS))
-        sums = [torch.zeros(len(each.layers), 2, each.n_heads, each.seq) for each in kept]
-        for continuation, skip in ways:
-            for drawn in observing.gradients(model, state, continuation, skip=skip, draws=_DRAWS, seed=seed + at):
-                for total, each in zip(sums, kept, strict=True):
-                    for kind, tensor in enumerate(observing.stacked(drawn, each)):
-                        if tensor.shape[-1]:
-                            total[:, kind] += tensor[:, 0].square().mean(dim=3) / (_DRAWS * len(ways))
-        squares.append(sums)
-    tell("gradients", len(runs), len(runs))
-    weights, relative = [], [[torch.empty(0)] * len(kept) for _ in runs]
+        if at < n_gradients:
+            squares.append(_squares(model, state, ids, kept, seed + at))
+        for found, each, own in zip(seen, kept, layers, strict=True):
+            skipped = _skipped(each)
+            if at >= n_gradients and share < 1.0:
+                skipped = each.seq - int((each.seq - skipped) * share)
+            begin = N_TOKENS - each.seq
+            tokens = _tokens(own, begin, each.seq)
+            vectors = gathered(own, *observing.stacked(state, each), tokens, (0, slice(skipped, each.seq)))
+            most = torch.finfo(torch.float16).max
+            found.append(_Seen(ids[0, :N_TOKENS], begin + skipped, vectors.clamp_(-most, most).half()))
+    tell("states", len(runs), len(runs))
+    return squares, seen
+
+
+def _squares(
+    model: Any, state: CacheState, ids: torch.Tensor, kept: Sequence[Kept], seed: int
+) -> list[torch.Tensor]:
+    """Of each set how much the next words depend on each token, `(n_layers, 2, kv_heads, seq)`: mean squares of
+    gradients, half of them where the text goes on, half where it repeats a part of itself."""
+    place = int(torch.randint(0, N_TOKENS - _COPIED, (1,), generator=torch.Generator().manual_seed(seed)))
+    ways = ((ids[:, N_TOKENS : N_TOKENS + _NATURAL], 0), (ids[:, place : place + _COPIED], _COPY_SKIPS))
+    sums = [torch.zeros(len(each.layers), 2, each.n_heads, each.seq) for each in kept]
+    for continuation, skip in ways:
+        for drawn in observing.gradients(model, state, continuation, skip=skip, draws=_DRAWS, seed=seed):
+            for total, each in zip(sums, kept, strict=True):
+                for kind, tensor in enumerate(observing.stacked(drawn, each)):
+                    if tensor.shape[-1]:
+                        total[:, kind] += tensor[:, 0].square().mean(dim=3) / (_DRAWS * len(ways))
+    return sums
+
+
+def _importance(
+    squares: Sequence[Sequence[torch.Tensor]], kept: Sequence[Kept]
+) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """Of each set by head, `(n_layers, 2, kv_heads)`; and of each text, of each set by token, in shares of the
+    average."""
+    weights, relative = [], [[torch.empty(0)] * len(kept) for _ in squares]
     for i, each in enumerate(kept):
         skipped = _skipped(each)
         whole = torch.stack([sums[i][..., skipped:] for sums in squares])
@@ -203,32 +240,9 @@ def _gradients(
     return weights, relative
 
 
-def _observed(
-    model: Any,
-    runs: Sequence[torch.Tensor],
-    kept: Sequence[Kept],
-    layers: Sequence[LayerSet],
-    n_whole: int,
-    tell: Progress,
-) -> list[list[_Seen]]:
-    """Scaled vectors of all texts by set, as many tokens as memory is set aside for."""
-    seen: list[list[_Seen]] = [[] for _ in kept]
-    n_numbers = sum((each.seq - _skipped(each)) * own.n_dims for each, own in zip(kept, layers, strict=True))
-    share = min(1.0, _MEMORY / (2 * n_numbers * len(runs)))
-    for at, ids in enumerate(runs):
-        tell("states", at, len(runs))
-        state = observing.prefilled(model, ids[:, :N_TOKENS])
-        for found, each, own in zip(seen, kept, layers, strict=True):
-            skipped = _skipped(each)
-            if at >= n_whole and share < 1.0:
-                skipped = each.seq - int((each.seq - skipped) * share)
-            begin = N_TOKENS - each.seq
-            keys, values = observing.stacked(state, each)
-            tokens = _tokens(own, begin, each.seq)
-            vectors = gathered(own, keys, values, tokens, (0, slice(skipped, each.seq))) * own.scale
-            found.append(_Seen(ids[0, :N_TOKENS], begin + skipped, vectors.to(torch.float16)))
-    tell("states", len(runs), len(runs))
-    return seen
+def _in_units(seen: _Seen, layers: LayerSet) -> _Seen:
+    """The same, scaled."""
+    return _Seen(seen.ids, seen.first, (seen.vectors.float() * layers.scale).half())
 
 
 def _curve(

@@ -13,8 +13,8 @@ from semq_state.snapshot import SectionError
 from semq_state.symbolic.groups import Group, Stack
 
 Tensors = Mapping[str, torch.Tensor]
-Encode = Callable[[list[torch.Tensor]], Symbolic]
-"""Bodies, float32 and finite, to symbols."""
+Encode = Callable[[list[torch.Tensor]], tuple[Symbolic, torch.Tensor | None]]
+"""Bodies, float32 and finite, to symbols; and, if any, the tokens `(batch, seq)` that are too far out for them."""
 Decode = Callable[[Symbolic, Sequence[tuple[int, ...]]], list[torch.Tensor]]
 """Symbols and the shapes of the bodies to the bodies."""
 
@@ -79,7 +79,10 @@ def coded(
     start, stop = span
     bodies = bodies_of(stacks, tensors, start, stop)
     values, escaped = finite(bodies, late)
-    symbolic = encode(values)
+    symbolic, beyond = encode(values)
+    if beyond is not None:
+        values, escaped = finite(bodies, beyond if late is None else beyond | late)
+        symbolic, _ = encode(values)
     group = Group(
         codec=codec,
         stacks=tuple(stacks),
@@ -99,8 +102,11 @@ def coded(
         parts[f"escaped_at.{i}"] = at
     errors: dict[str, SectionError] = {}
     shapes = [group.body(stack) for stack in stacks]
-    for stack, body, restored in zip(stacks, values, decode(symbolic, shapes), strict=True):
-        errors |= dict(zip(stack.names, _errors(body, restored), strict=True))
+    for i, (stack, body) in enumerate(zip(stacks, decode(symbolic, shapes), strict=True)):
+        restored = _cast(body, DTYPES[stack.spec.dtype])
+        if i in escaped:
+            restored.view(-1, restored.shape[-1])[escaped[i]] = 0
+        errors |= dict(zip(stack.names, _errors(values[i], restored), strict=True))
     return CodedGroup(group, {name: parts[name] for name in group.parts()}, errors)
 
 
@@ -141,14 +147,14 @@ def decoded(group: Group, parts: Tensors, decode: Decode) -> dict[str, torch.Ten
 
 def vectors(codec: AbstractVectorCodec) -> tuple[Encode, Decode]:
     """`encode` and `decode` of a codec that knows one body only."""
-    return lambda bodies: codec.encode(bodies[0]), lambda symbolic, shapes: [codec.decode(symbolic, shapes[0])]
+    return lambda bodies: (codec.encode(bodies[0]), None), lambda made, shapes: [codec.decode(made, shapes[0])]
 
 
 def _errors(values: torch.Tensor, restored: torch.Tensor) -> list[SectionError]:
     """Tensor by tensor of a stack."""
     errors = []
     for before, after in zip(values, restored, strict=True):
-        a, b = before.flatten(), after.flatten().float()
+        a, b = before.flatten().double(), after.flatten().double()
         norm, other = float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b))
         lost = float(torch.linalg.vector_norm(a - b))
         cosine = float(torch.dot(a, b)) / (norm * other) if norm and other else float(norm == other)
@@ -158,15 +164,13 @@ def _errors(values: torch.Tensor, restored: torch.Tensor) -> list[SectionError]:
 
 def _cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """To the tensor's own dtype; what rounds beyond its range becomes its largest value."""
-    if dtype in (torch.float32, torch.float64, torch.bfloat16):
-        return values.to(dtype)
     most = torch.finfo(dtype).max
-    return values.clamp(-most, most).to(dtype)
+    return values.to(dtype).clamp(-most, most).contiguous()
 
 
 def _put_back(group: Group, i: int, values: torch.Tensor, parts: Tensors) -> None:
     at, vectors_ = parts[f"escaped_at.{i}"], parts[f"escaped.{i}"]
-    flat = values.flatten(0, -2)
+    flat = values.view(-1, values.shape[-1])
     sound = (
         at.dtype == torch.int64
         and at.ndim == 1

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from semq_state.content import DTYPES, TensorSpec
+from semq_state.content import TensorSpec
 from semq_state.errors import FormatError
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes of what can be coded."""
 
 _MOST = 1 << 48
 
@@ -134,7 +137,7 @@ def prefix_of(i: int) -> str:
 
 def _stack(told: Any) -> Stack:
     shape = tuple(told["shape"])
-    if told["dtype"] not in DTYPES or not 2 <= len(shape) <= 16 or not all(map(_is_count, shape)):
+    if told["dtype"] not in FLOATS or not 2 <= len(shape) <= 16 or not all(map(_is_count, shape)):
         raise ValueError("no dtype and shape of vectors")
     size = 1
     for n in shape:

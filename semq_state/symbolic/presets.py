@@ -74,8 +74,13 @@ def policy_for(codec: str, calibration: Calibration | None, model: str) -> Polic
         return everywhere(Rotated(step=STEPS[codec]))
     if target:
         value = float(target[2])
-        if not value > 0:
-            raise UnknownCodecError("codec", expected=f"a positive number after {target[1]}=", found=codec)
+        if not 0 < value < float("inf"):
+            raise UnknownCodecError(
+                "codec",
+                expected=f"a positive number after {target[1]}=",
+                found=f"{codec:.80}",
+                do="choose one, 0.002 or 20 say",
+            )
         transform = Transform(calibration, kl=value) if target[1] == "kl" else Transform(calibration, ratio=value)
     else:
         transform = Transform(calibration, kl=KL[codec])

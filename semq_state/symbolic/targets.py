@@ -11,6 +11,11 @@ from semq_state.snapshot import CacheState, LayerState, Snapshot
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+FOLDED = ("recurrent", "convolution")
+"""Kinds of state that hold no tokens; all of such a tensor is coded, where a policy names it."""
+
+_NOWHERE = 1 << 40  # behind all sinks
+
 _PACKED = ("fp8", "hqq", "quanto")
 """Families that are quantised already; coding them again would lose more and save little."""
 
@@ -96,6 +101,9 @@ def _of_cache(cache: CacheState, prefix: str, is_own: bool) -> Iterator[Target]:
 def _of_layer(layer: LayerState, prefix: str, number: int) -> Iterator[Target]:
     for name, tensor in sorted(layer.tensors.items()):
         layout = layer.layout.of(name)
+        if layout.kind in FOLDED and tensor.ndim > 2 and tensor.dtype in FLOATS and tensor.numel():
+            yield Target(prefix + name, layout.kind, number, _NOWHERE, tensor.shape[-2], ends=False)
+            continue
         along = layout.token_axis is not None and layout.token_axis in (-2, tensor.ndim - 2)
         if not along or tensor.ndim < 3 or tensor.dtype not in FLOATS or not tensor.numel():
             continue

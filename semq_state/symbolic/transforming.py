@@ -49,9 +49,10 @@ def coder(
     layers = codec.calibration.sets[i]
     own = {"calibration": codec.calibration.digest, "set": i, "begin": begin, "padding": list(padding)}
 
-    def encode(bodies: list[torch.Tensor]) -> Symbolic:
+    def encode(bodies: list[torch.Tensor]) -> tuple[Symbolic, torch.Tensor | None]:
         made = codec.encode(layers, bodies[0], bodies[1], tokens)
-        return Symbolic(made.symbols, made.exact, {**made.params, **own})
+        beyond = transform.clipped(layers, made, tokens)
+        return Symbolic(made.symbols, made.exact, {**made.params, **own}), beyond
 
     return encode, partial(_decode, layers, tokens, DTYPES[stacks[0].spec.dtype])
 
