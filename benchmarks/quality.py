@@ -31,17 +31,17 @@ BARS = {"near": (6.0, 0.0005, 99.5), "compact": (13.0, 0.005, 98.0), "tiny": (34
 """Of each preset the ratio that is wanted at least, the KL at most, and the top-1 agreement when copying."""
 
 TIMED = ("exact", "near", "compact", "tiny", "rotated")
-ROUNDS = 5
+ROUNDS = 3
 _WORKER = "benchmarks.quality_worker"
 
 NOTES = (
-    "Model: SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF), computed in float32, states in bfloat16. Per "
-    "method {n} segments of WikiText-2 test and {n} of Python source: 1,024 tokens prefilled, their cache coded "
-    "and decoded, then 256 tokens teacher-forced (`wikitext`, `python`) and a repetition of 128 earlier ones (`copy`). "
-    "`kl` is the mean KL(exact, decoded) in nats, `top1` the agreement of the most likely token in percent. "
-    "`ratio` is 16 bits over `bits_per_value`, from the whole file, manifest and exact tokens included (`counted`: `real`; "
-    "of others, from bytes that they made), from `arithmetic` on packed integers and scales, or as the package "
-    "`stated`; shared calibrations are not counted. `seconds`: coding and decoding one segment."
+    "Model: SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF), computed in float32, states in bfloat16. "
+    "Per method {n} segments of WikiText-2 test and {n} of Python source: 1,024 tokens prefilled, the cache coded "
+    "and decoded, 256 tokens teacher-forced (`wikitext`, `python`) and a repetition of 128 earlier ones "
+    "(`copy`). `kl` is the mean KL(exact, decoded) in nats, `top1` the agreement of the most likely token in "
+    "percent. `ratio` is 16 bits over `bits_per_value`, from the whole file, exact tokens included "
+    "(`counted`: `real`; of others, from their own bytes), from `arithmetic` on packed integers and scales, or "
+    "as the package `stated`; shared calibrations are not counted. `seconds`: coding and decoding one segment."
 )
 
 

@@ -62,7 +62,7 @@ def scalar_peers() -> Iterator[Peer]:
         yield Peer(f"int{bits} per token, group 64", "int per token", code)
     for bits in (4, 3, 2):
         yield Peer(f"KIVI-style int{bits}", "KIVI-style", partial(quality_scalar.kivi, bits=bits))
-    for bits in (4, 3, 2):
+    for bits in (4, 2):
         code = partial(quality_scalar.kivi, bits=bits, n_sinks=4)
         yield Peer(f"KIVI-style int{bits}, 4 sinks exact", "KIVI-style, sinks", code)
 

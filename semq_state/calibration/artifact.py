@@ -15,6 +15,12 @@ from semq_state.rotary import Rotary
 
 Tensors = Mapping[str, torch.Tensor]
 
+N_PLACES = 5
+"""Numbers of a token's place in the text from which its importance is predicted."""
+
+TELLING = 300
+"""Components from which it is predicted, at most."""
+
 
 @dataclass(frozen=True, eq=False)
 class LayerSet:
@@ -41,7 +47,8 @@ class LayerSet:
         tails_scale: of each block `(n_tail,)` float32.
         mix: `(n_heads, n_mixed)` float16: the strongest components of all blocks, turned into those of the whole.
         bands: `(n_mixed + n_tails,)` int16: standard deviation of each component, in thirds of an octave (log2).
-        matters: `(n_features + 1,)` float32: how much a token matters (log2), from its features.
+        matters: `(N_PLACES + min(TELLING, n_mixed) + n_features + 1,)` float32: how much a token matters (log2),
+            from its place, its components and its features.
     """
 
     layers: tuple[int, ...]
@@ -136,7 +143,7 @@ class LayerSet:
             "tells_scale": (torch.float32, (n_features,)),
             "mix": (torch.float16, (sum(h.shape[-1] for h in self.heads), n_mixed)),
             "bands": (torch.int16, (n_mixed + sum(t.shape[-1] for t in self.tails),)),
-            "matters": (torch.float32, (self.matters.numel(),)),
+            "matters": (torch.float32, (N_PLACES + min(TELLING, n_mixed) + n_features + 1,)),
         }
         for i, (head, tail) in enumerate(zip(self.heads, self.tails, strict=True)):
             wanted[f"heads.{i}"] = (torch.float16, (len(head), head.shape[-1]))

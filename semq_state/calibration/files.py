@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -46,7 +47,8 @@ def save_calibration(calibration: Calibration, path: str | os.PathLike[str]) -> 
         save_file(tensors, hidden, metadata)
         hidden.replace(path)
     except OSError as error:
-        hidden.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            hidden.unlink(missing_ok=True)
         raise CalibrationError(
             str(path), expected="a folder to write to", found=str(error), do="choose another place"
         ) from error

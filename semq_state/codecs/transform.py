@@ -20,6 +20,7 @@ from typing import ClassVar, final
 import torch
 
 from semq_state.calibration import Calibration, LayerSet, step_for_bits, step_for_kl
+from semq_state.calibration.artifact import TELLING
 from semq_state.codecs.symbolic import Symbolic, Symbols, damaged
 from semq_state.rotary import Rotary
 
@@ -34,8 +35,8 @@ _Where = tuple[int, slice]  # a row, and a run of its tokens
 _RUN = 4096  # tokens whose symbols are one stream
 _SPAN = 512  # tokens at a time, so that what is made of them stays in the cache
 _MOST = 32_000
+_OUTLIER = 16  # a symbol that is never left out
 _RARE = 12  # where fewer than one symbol in so many is not zero, a coarser step elsewhere costs less
-_TELLING = 300  # components from which the importance of a token is predicted
 _OUTLYING = 6.0  # standard deviations beyond which a component tells no more
 _FAR = 1024  # tokens away beyond which distance tells no more
 
@@ -328,7 +329,7 @@ def matters(layers: LayerSet, components: torch.Tensor, features: torch.Tensor, 
         left: how many tokens of the state follow each, itself included, and how many precede it: `(n_tokens, 2)`.
     """
     after, before = left.float().clamp(1, _FAR).log2().unbind(-1)
-    n = min(_TELLING, layers.mix.shape[1])
+    n = min(TELLING, layers.mix.shape[1])
     relative = components[:, :n] * torch.exp2(-layers.bands[:n].float() / 3.0)
     where = torch.stack([after, after**2, after**3, before, before**2], dim=1)
     return torch.cat([where, relative.clamp(-_OUTLYING, _OUTLYING), features], dim=1)
@@ -371,7 +372,7 @@ def _blocks(classes: torch.Tensor, bands: torch.Tensor) -> list[tuple[int, slice
 
 def _streamed(table: torch.Tensor, classes: torch.Tensor, bands: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The symbols of a table of tokens and components in the order of `_blocks`, down to the lowest `band - class`
-    at which enough of them are not zero; and that."""
+    at which enough of them are not zero, or one is far from it; and that."""
     table = table[torch.argsort(classes, stable=True)].T.contiguous()
     blocks = _blocks(classes, bands)
     pieces = [table[columns, rows].reshape(-1) for _, rows, columns in blocks]
@@ -381,6 +382,9 @@ def _streamed(table: torch.Tensor, classes: torch.Tensor, bands: torch.Tensor) -
         counts[0] += int(torch.count_nonzero(piece))
         counts[1] += len(piece)
     kept = [level for level, (n_nonzero, n) in filled.items() if n_nonzero * _RARE > n]
+    for (level, _, _), piece in zip(blocks, pieces, strict=True):
+        if level not in kept and int(piece.abs().max()) >= _OUTLIER:
+            kept.append(level)
     lowest = min(kept, default=0)
     pieces = [piece for piece, block in zip(pieces, blocks, strict=True) if kept and block[0] >= lowest]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=table.dtype), lowest

@@ -159,7 +159,7 @@ def decoded(
     return found
 
 
-def embedded_calibration(tensors: Mapping[str, torch.Tensor], where: str) -> Calibration | None:
+def embedded_calibration(tensors: Mapping[str, torch.Tensor]) -> Calibration | None:
     """The calibration that a file carries along; None where it carries none.
 
     Raises:
@@ -169,7 +169,7 @@ def embedded_calibration(tensors: Mapping[str, torch.Tensor], where: str) -> Cal
     own = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
     if _TABLE not in own:
         return None
-    return calibrations.of_parts(own.pop(_TABLE), own, f"{where}, embedded calibration")
+    return calibrations.of_parts(own.pop(_TABLE), own, "embedded calibration")
 
 
 def _embedded(calibration: Calibration) -> dict[str, torch.Tensor]:

@@ -89,12 +89,12 @@ def _decoded(
         if isinstance(given, Calibration):
             found: Calibration | None = given
         else:
-            found = calibrations.load_calibration(given) if given else embedded_calibration(tensors, where)
+            found = calibrations.load_calibration(given) if given else embedded_calibration(tensors)
         if found is None:
             return calibrations.find_digest(digest, manifest.provenance["weights"])
         if found.digest != digest:
             raise CalibrationError(
-                where, expected=f"calibration {digest:.80}", found=found.digest, do="name the file of that one"
+                "calibration", expected=f"{digest:.80}", found=found.digest, do="name the file of that one"
             )
         return found
 

@@ -10,8 +10,8 @@ import torch
 from semq_state.calibration import LayerSet
 from semq_state.codecs.transform import components_of, matters
 
-_BLOCK = 1200  # dimensions whose components are found together; decoding costs as much more as it is larger
-_MIXED = 1500  # strongest components of all blocks that are turned once more, together
+_BLOCK = 1600  # dimensions whose components are found together; decoding costs as much more as it is larger
+_MIXED = 1800  # strongest components of all blocks that are turned once more, together
 _FINEST = 0.005  # components below this spread are dropped; a step of KL 0.0004 is four times as large
 _BANDS = 3.0  # an octave
 _RIDGE = 300.0

@@ -10,7 +10,7 @@ from semq_state.codecs import AbstractVectorCodec, Rotated, Semq, Transform, Uni
 from semq_state.errors import CalibrationError, UnknownCodecError
 from semq_state.symbolic.policy import Policy, everywhere
 
-KL = {"near": 0.0002, "compact": 0.0016, "tiny": 0.010}
+KL = {"near": 0.00023, "compact": 0.0016, "tiny": 0.010}
 """Mean KL divergence of the next token, in nats, that a preset asks of a calibrated transform."""
 
 STEPS = {"near": 0.1, "compact": 0.35, "tiny": 0.8}
@@ -86,6 +86,6 @@ def policy_for(codec: str, calibration: Calibration | None, model: str) -> Polic
         transform = Transform(calibration, kl=KL[codec])
     # Layers that the calibration does not have must not be worse than those that it has.
     kl = kl_at(calibration, transform.step)
-    name = next((name for name in ("tiny", "compact") if kl >= KL[name]), "near")
+    name = next((name for name in ("tiny", "compact") if kl >= 0.99 * KL[name]), "near")
     fallback = everywhere(Rotated(step=STEPS[name]))
     return Policy(fallback.codecs, transform)
