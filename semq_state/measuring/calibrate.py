@@ -21,8 +21,8 @@ def calibrate(
     *,
     text: str | Sequence[str] | None = None,
     into: str | os.PathLike[str] | None = None,
-    n_contexts: int = 28,
-    n_gradients: int = 10,
+    n_contexts: int = 26,
+    n_gradients: int = 8,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:

@@ -49,8 +49,9 @@ def with_components(layers: LayerSet, samples: Sequence[Sample], most_bytes: int
     """
     tells = layers.tells.float() * layers.tells_scale[:, None]
     n = sum(len(sample.vectors) for sample in samples)
-    total = sum((_left(sample, tells).sum(dim=0) for sample in samples), torch.zeros(layers.n_dims))
-    mean = total / n
+    total = sum((sample.vectors.sum(dim=0, dtype=torch.float32) for sample in samples), torch.zeros(layers.n_dims))
+    told = sum((sample.features.sum(dim=0) for sample in samples), torch.zeros(len(tells)))
+    mean = (total - told @ tells) / n
     sizes = blocks_of(len(layers.layers), layers.n_heads, layers.key_dim + layers.value_dim)
     n_head = max(1, min(_MIXED // len(sizes), min(sizes)))
     squares = [torch.zeros(size, size) for size in sizes]
