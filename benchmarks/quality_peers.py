@@ -80,7 +80,7 @@ def package_peers(config: Any) -> Iterator[Peer]:
             code = partial(quality_packages.kakeyalattice, q_range=q_range)
             yield Peer(f"kakeyalattice E8, Q={q_range}", "kakeyalattice", code, "stated")
     if quality_packages.is_installed("nexusquant"):
-        for key_bits, value_bits in ((4, 4), (3, 3), (3, 2)):
+        for key_bits, value_bits in ((4, 4), (3, 2)):
             code = partial(quality_packages.nexusquant, key_bits=key_bits, value_bits=value_bits, theta=theta)
             yield Peer(f"nexusquant-kv K{key_bits}V{value_bits}", "nexusquant-kv", code, "stated")
 

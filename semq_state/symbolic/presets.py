@@ -10,7 +10,7 @@ from semq_state.codecs import AbstractVectorCodec, Rotated, Semq, Transform, Uni
 from semq_state.errors import CalibrationError, UnknownCodecError
 from semq_state.symbolic.policy import Policy, everywhere
 
-KL = {"near": 0.00023, "compact": 0.0016, "tiny": 0.010}
+KL = {"near": 0.0003, "compact": 0.0016, "tiny": 0.010}
 """Mean KL divergence of the next token, in nats, that a preset asks of a calibrated transform."""
 
 STEPS = {"near": 0.1, "compact": 0.35, "tiny": 0.8}
