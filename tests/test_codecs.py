@@ -187,6 +187,17 @@ def test_channel_layout_turns_the_plane_before_coding() -> None:
     assert turned == content.raw_bytes(tensor.transpose(1, 2)).tobytes()
 
 
+@pytest.mark.parametrize("layout", ["channel", "token"])
+def test_the_smaller_layout_is_kept(layout: str) -> None:
+    spread = torch.exp(2 * torch.randn(64, generator=torch.Generator().manual_seed(0)))
+    values = torch.randn(1, 3, 900, 64, generator=torch.Generator().manual_seed(1))
+    tensor = (values * (spread if layout == "channel" else 1)).bfloat16()
+    payload, params, spec = encoded(Planes(layout="channel"), tensor)
+    assert params["layout"] == layout
+    assert len(payload) <= len(encoded(Planes(), tensor)[0])
+    assert decoded(Planes(), payload, params, spec) == content.raw_bytes(tensor).tobytes()
+
+
 @each_codec
 def test_encoding_is_deterministic(codec: AbstractCodec) -> None:
     first, second = (encoded(codec, like_a_cache(TensorSpec("F32", (2, 300, 40)))) for _ in range(2))
