@@ -63,7 +63,7 @@ def tiny() -> Snapshot:
         config={"top_k": 5},
         processors=(ProcessorState("logits", "Counting", {"seen": torch.ones(1)}, {"n": 3}),),
     )
-    provenance = Provenance("sha256:ab", {"n": 1}, {}, None, {}, {}, "bfloat16", "tiny", {"torch": "2"}, "sdpa")
+    provenance = Provenance("sha256:ab", {"n": 1}, {}, None, {}, {}, "bfloat16", "small", {"torch": "2"}, "sdpa")
     return Snapshot(CacheState("dynamic", layers, {"grows": False}), generation, provenance)
 
 

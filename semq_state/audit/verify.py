@@ -62,6 +62,7 @@ def verify(path: str | os.PathLike[str], *, progress: files.Progress | None = No
     except (FormatError, IncompleteStateError) as error:
         return Verification(str(path), "", 0, {"file": str(error)})
     n_sections = sum(len(t.sections) for t in manifest.tensors.values())
+    n_sections += sum(len(entry.sections) for entry in manifest.joint)
     return Verification(
         str(path),
         manifest.state_id,

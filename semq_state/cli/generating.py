@@ -19,7 +19,8 @@ Every = Annotated[int, typer.Option(min=1, help="Tokens between two saves.")]
 Codec = Annotated[
     str,
     typer.Option(
-        help="Lossless: exact, exact-max, raw. Compact: near, compact, tiny, kl=0.002, ratio=20, or a codec's id."
+        help="Lossless: exact, exact-max, exact-predicted, raw. "
+        "Compact: near, compact, tiny, kl=0.002, ratio=20, or a codec's id."
     ),
 ]
 CalibrationFile = Annotated[

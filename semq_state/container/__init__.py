@@ -7,6 +7,10 @@ from semq_state.container.header import Header as Header
 from semq_state.container.header import Section as Section
 from semq_state.container.header import read_header as read_header
 from semq_state.container.header import shown as shown
+from semq_state.container.joint import JointEntry as JointEntry
+from semq_state.container.joint import JointSection as JointSection
+from semq_state.container.joint import all_sections as all_sections
+from semq_state.container.joint import n_bytes_of as n_bytes_of
 from semq_state.container.manifest import EMBEDDED as EMBEDDED
 from semq_state.container.manifest import FORMAT_VERSION as FORMAT_VERSION
 from semq_state.container.manifest import Manifest as Manifest

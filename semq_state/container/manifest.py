@@ -12,6 +12,7 @@ import msgpack
 
 from semq_state import content
 from semq_state.container.header import MANIFEST, Header, shown
+from semq_state.container.joint import JointEntry, all_sections, joint_of
 from semq_state.content import DTYPES, TensorSpec
 from semq_state.errors import FormatError, IntegrityError
 
@@ -43,7 +44,7 @@ class SectionEntry:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor: its spec, the digest of each chunk, and the sections that hold it."""
+    """One tensor: its spec, the digest of each chunk, and the sections that hold it alone, if any."""
 
     spec: TensorSpec
     digests: tuple[str, ...]
@@ -62,12 +63,13 @@ class Manifest:
     content_digest: str
     state_id: str
     report: Mapping[str, Any] = field(default_factory=dict)
+    joint: tuple[JointEntry, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def to_bytes(self) -> bytes:
-        report = {"report": self.report} if self.format_version > 2 else {}
+        new = {"report": self.report, "joint": [entry.as_list() for entry in self.joint]}
         return content.pack(
-            report
+            (new if self.format_version > 2 else {})
             | {
                 "format_version": self.format_version,
                 "writer": self.writer,
@@ -96,7 +98,7 @@ def read_manifest(data: bytes, header: Header, where: str) -> Manifest:
         FormatError: a field is missing, unknown or of the wrong kind, or the format is newer.
         IntegrityError: header and manifest disagree, or a digest does not follow from the rest.
     """
-    check = _Check(where)
+    check = Check(where)
     try:
         raw = _unpacked(data)
         canonical = content.pack(raw) == data
@@ -110,7 +112,7 @@ def read_manifest(data: bytes, header: Header, where: str) -> Manifest:
             shown(version),
             do="update semq_state to read this file",
         )
-    expected = set(Manifest.__dataclass_fields__) - ({"report"} if version < 3 else set())
+    expected = set(Manifest.__dataclass_fields__) - ({"report", "joint"} if version < 3 else set())
     if fields.keys() != expected:
         raise check.refused(f"the fields {sorted(expected)}", shown(sorted(fields)))
     if not canonical:
@@ -129,6 +131,11 @@ def read_manifest(data: bytes, header: Header, where: str) -> Manifest:
         content_digest=check.text(fields["content_digest"], "content_digest"),
         state_id=check.text(fields["state_id"], "state_id"),
         report=check.table(fields.get("report", {}), "report"),
+        joint=joint_of(
+            fields.get("joint", []),
+            {name: None if t.sections else t.spec for name, t in tensors.items()},
+            check,
+        ),
         format_version=version,
     )
     _hold_against_header(manifest, header, check)
@@ -167,7 +174,7 @@ def _check_plain(value: Any, depth: int) -> None:
         raise ValueError(f"a value of type {type(value).__name__}")
 
 
-def _tensor(name: str, entry: Mapping[str, Any], check: _Check) -> TensorEntry:
+def _tensor(name: str, entry: Mapping[str, Any], check: Check) -> TensorEntry:
     if entry.keys() != {"dtype", "shape", "digests", "sections"}:
         raise check.refused(f"dtype, shape, digests and sections for {shown(name)}", shown(sorted(entry)))
     shape = check.items(entry["shape"], name)
@@ -195,18 +202,22 @@ def _tensor(name: str, entry: Mapping[str, Any], check: _Check) -> TensorEntry:
     if len(digests) != spec.n_chunks or not all(_DIGEST.match(d) for d in digests):
         raise check.refused(f"{spec.n_chunks} digests for {shown(name)}", f"{len(digests)}")
     bounds = [(s.start, s.stop) for s in sections]
-    if bounds not in (spec.chunks(), [(0, spec.n_tokens)]):
+    if bounds and bounds not in (spec.chunks(), [(0, spec.n_tokens)]):
         raise check.refused(f"sections that cover {shown(name)} of shape {spec.shape}", shown(bounds))
     return TensorEntry(spec, digests, tuple(sections))
 
 
-def _hold_against_header(manifest: Manifest, header: Header, check: _Check) -> None:
+def _hold_against_header(manifest: Manifest, header: Header, check: Check) -> None:
     used = [MANIFEST]
     for name, tensor in manifest.tensors.items():
         for entry in tensor.sections:
             used.append(entry.section)
             if entry.section not in header.sections:
                 raise check.broken(f"section {shown(entry.section)} for {shown(name)}", "none")
+    for joint, section in all_sections(manifest.joint):
+        used.append(section.section)
+        if section.section not in header.sections:
+            raise check.broken(f"section {shown(section.section)} for {shown(joint.names)}", "none")
     if sorted(used) != sorted(header.sections):
         raise check.broken(
             "every section named once by the manifest",
@@ -218,7 +229,7 @@ def _hold_against_header(manifest: Manifest, header: Header, check: _Check) -> N
 
 
 @dataclass(frozen=True)
-class _Check:
+class Check:
     """Reads untrusted values; each method returns the value with its type proved, or refuses."""
 
     where: str
@@ -252,6 +263,11 @@ class _Check:
         if type(value) is not int or not 0 <= value < 1 << 48:
             raise self.refused(f"a size for {shown(name)}", shown(value))
         return value
+
+    def digest(self, value: Any, name: str) -> str:
+        if not _DIGEST.match(self.text(value, name)):
+            raise self.refused(f"a digest for {shown(name)}", shown(value))
+        return str(value)
 
     def _kind(self, value: Any, kind: type[_T], name: str, words: str) -> _T:
         if type(value) is not kind:

@@ -11,11 +11,12 @@ import torch
 
 from semq_state import calibration as calibrations
 from semq_state import codecs, content, symbolic
-from semq_state.calibration import Calibration
-from semq_state.codecs import AbstractCodec, AbstractVectorCodec, Pco, Planes, Transform
+from semq_state.calibration import Calibration, Predictor
+from semq_state.codecs import AbstractCodec, AbstractVectorCodec, Pco, Planes, Transform, predicted
 from semq_state.container import EMBEDDED
 from semq_state.content import TensorSpec
 from semq_state.errors import CalibrationError, UnknownCodecError
+from semq_state.files.joint import Joint, joints_of
 from semq_state.snapshot import Coding, SectionError, Snapshot
 from semq_state.symbolic import Group, Policy, prefix_of
 
@@ -26,6 +27,7 @@ EMBEDDED_CALIBRATION = f"{EMBEDDED}calibration."
 
 _TABLE = "table"
 _EXACT = Planes()
+_SMALL = Planes(layout="channel")
 _ENTROPY = Pco()
 
 
@@ -39,6 +41,7 @@ class Form:
         tensors: by their names in the file.
         coder: the byte codec of every tensor that holds no symbols.
         coding: what coding did to it, the sizes still unknown; None where nothing was lost.
+        joints: tensors that are coded together; the others are coded one by one.
     """
 
     codec: str
@@ -46,6 +49,7 @@ class Form:
     tensors: Mapping[str, torch.Tensor]
     coder: AbstractCodec
     coding: Coding | None = None
+    joints: tuple[Joint, ...] = ()
 
     def coder_of(self, name: str) -> AbstractCodec:
         """The byte codec of one tensor."""
@@ -58,7 +62,12 @@ class Form:
 
 
 def form_of(
-    snapshot: Snapshot, codec: Codec, calibration: Calibration | None = None, *, embed: bool = False
+    snapshot: Snapshot,
+    codec: Codec,
+    calibration: Calibration | None = None,
+    *,
+    embed: bool = False,
+    predictor: Predictor | None = None,
 ) -> Form:
     """The form that a codec gives a state.
 
@@ -70,6 +79,9 @@ def form_of(
         coder = codecs.preset(codec)
         word = codec if isinstance(codec, str) else coder.id
         return Form(word, snapshot.structure(), snapshot.tensors(), coder)
+    if codec == predicted.PRESET:
+        joints = tuple(joints_of(snapshot, predictor)) if predictor else ()
+        return Form(predicted.PRESET, snapshot.structure(), snapshot.tensors(), _SMALL, None, joints)
     return _compact(snapshot, codec, calibration, embed)
 
 
@@ -186,9 +198,10 @@ def _policy(snapshot: Snapshot, codec: Codec, calibration: Calibration | None) -
     if isinstance(codec, Transform):
         return codec.id, Policy(transform=codec)
     if not isinstance(codec, str) or not symbolic.is_lossy(codec):
+        lossless = ", ".join([*codecs.PRESETS, predicted.PRESET])
         raise UnknownCodecError(
             "codec",
-            expected=f"one of {', '.join(codecs.PRESETS)}, {symbolic.words()}, or a codec value",
+            expected=f"one of {lossless}, {symbolic.words()}, or a codec value",
             found=f"{codec!r:.80}",
             do="choose one",
         )

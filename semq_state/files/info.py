@@ -40,6 +40,11 @@ class SnapshotInfo:
         return Coding.from_dict(self.manifest.report) if self.manifest.report else None
 
     @property
+    def n_predicted(self) -> int:
+        """How many tensors are coded together, each against a guess from others; the rest stand alone."""
+        return sum(len(entry.names) for entry in self.manifest.joint)
+
+    @property
     def n_tokens(self) -> int:
         return self.manifest.tensors["generation.input_ids"].spec.shape[-1]
 
@@ -66,6 +71,7 @@ class SnapshotInfo:
             "raw_bytes": self.raw_bytes,
             "cache_bytes": self.cache_bytes,
             "ratio": round(self.raw_bytes / self.n_bytes, 4),
+            "n_predicted": self.n_predicted,
             "coding": self.coding.as_dict() if self.coding else None,
             "provenance": dict(self.manifest.provenance),
             "tensors": {name: {"dtype": t.spec.dtype, "shape": list(t.spec.shape)} for name, t in tensors.items()},

@@ -54,6 +54,7 @@ def opened(file: LocalFile) -> tuple[container.Header, Manifest]:
     data = file.read(header.data_start + section.begin, section.n_bytes)
     manifest = container.read_manifest(data, header, where)
     _check_claims(header, manifest, where)
+    _check_joint_claims(header, manifest, where)
     _check_tokens(manifest, where)
     # Put together from nothing first, so that a wrong structure is refused before a tensor is read.
     names = _state_names(manifest, file.size, where)
@@ -159,6 +160,20 @@ def _check_claims(header: container.Header, manifest: Manifest, where: str) -> N
                     found=f"{section.spec} under {container.shown(entry.codec)}",
                     do="no writer makes such a file; do not trust it",
                 )
+
+
+def _check_joint_claims(header: container.Header, manifest: Manifest, where: str) -> None:
+    specs = {name: tensor.spec for name, tensor in manifest.tensors.items()}
+    for entry, told in container.all_sections(manifest.joint):
+        section, claimed = header.sections[told.section], container.n_bytes_of(entry, told, specs)
+        most = MAX_EXPANSION * section.n_bytes
+        if claimed > most or not _is_coded(section):
+            raise IntegrityError(
+                section_in(where, told.section),
+                expected=f"coded bytes, at most {most} from {section.n_bytes}",
+                found=f"{section.spec} with a claim of {claimed}",
+                do="no writer makes such a file; do not trust it",
+            )
 
 
 def _state_names(manifest: Manifest, n_bytes: int, where: str) -> list[str]:

@@ -12,10 +12,11 @@ import torch
 
 from semq_state import calibration as calibrations
 from semq_state import codecs, container, content
-from semq_state.calibration import Calibration
+from semq_state.calibration import Calibration, Predictor
 from semq_state.container import Manifest
 from semq_state.content import DTYPES, Bytes, TensorSpec
 from semq_state.errors import CalibrationError, FormatError, IntegrityError, SemqStateError, UnknownCodecError
+from semq_state.files import joint_reading
 from semq_state.files.forms import decoded, embedded_calibration
 from semq_state.files.info import SnapshotInfo
 from semq_state.files.opening import assembled, is_coded, opened, section_in, specs_of, told_from
@@ -28,6 +29,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     calibration: Calibration | str | os.PathLike[str] | None = None,
+    predictor: Predictor | str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Snapshot:
     """Reads a snapshot back, every digest checked.
@@ -39,6 +41,8 @@ def load(
         path: a file that `save` wrote.
         calibration: the calibration that a compact file refers to, or its file; by default the one that the file
             carries along, or that the cache folder has.
+        predictor: the predictor that an `exact-predicted` file refers to, or its file; by default the one that the
+            cache folder has.
         progress: called with the bytes done and the bytes in all.
 
     Returns:
@@ -49,7 +53,7 @@ def load(
         FormatError: it is not a snapshot, or a newer one.
         IntegrityError: it was damaged or changed.
         IncompleteStateError: a tensor is missing.
-        CalibrationError: the calibration that the file refers to is not there; the message names it.
+        CalibrationError: the calibration or predictor that the file refers to is not there; the message names it.
 
     Example:
         >>> snapshot = sq.load("chat.safetensors")  # doctest: +SKIP
@@ -68,9 +72,20 @@ def load(
             else:
                 if job.tensor not in tensors:
                     tensors[job.tensor] = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
-                chunk = content.tensor_of(data, spec.chunk(job.start, job.stop))
-                content.chunk_of(tensors[job.tensor], job.start, job.stop).copy_(chunk)
+                part = content.tensor_of(data, spec.chunk(job.start, job.stop))
+                content.chunk_of(tensors[job.tensor], job.start, job.stop).copy_(part)
             advance(len(data))
+        for chunk in joint_reading.chunks(file, header, manifest, joint_reading.finder(predictor, manifest)):
+            for failure in chunk.failures.values():
+                raise failure
+            for name, part in chunk.tensors.items():
+                if (chunk.start, chunk.stop) == bounds_of(specs[name]):
+                    tensors[name] = part
+                    continue
+                if name not in tensors:
+                    tensors[name] = torch.empty(specs[name].shape, dtype=part.dtype)
+                content.chunk_of(tensors[name], chunk.start, chunk.stop).copy_(part)
+            advance(sum(part.nbytes for part in chunk.tensors.values()))
     if is_coded(manifest):
         tensors = _decoded(manifest, tensors, calibration, str(path))
     return assembled(manifest, tensors, str(path))
@@ -130,11 +145,15 @@ def check_sections(
     with LocalFile(path) as file:
         header, manifest = opened(file)
         advance = counter(progress, sum(t.spec.n_bytes for t in manifest.tensors.values()))
-        return manifest, failures_of(file, header, manifest, advance)
+        return manifest, failures_of(file, header, manifest, None, advance)
 
 
 def failures_of(
-    file: LocalFile, header: container.Header, manifest: Manifest, advance: Callable[[int], None]
+    file: LocalFile,
+    header: container.Header,
+    manifest: Manifest,
+    predictor: Predictor | None,
+    advance: Callable[[int], None],
 ) -> dict[str, SemqStateError]:
     def tried(job: Job) -> int | SemqStateError:
         try:
@@ -148,6 +167,9 @@ def failures_of(
             failures[job.section] = result
         else:
             advance(result)
+    for chunk in joint_reading.chunks(file, header, manifest, joint_reading.finder(predictor, manifest)):
+        failures |= chunk.failures
+        advance(sum(part.nbytes for part in chunk.tensors.values()))
     return failures
 
 

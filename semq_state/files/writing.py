@@ -8,13 +8,16 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
 from semq_state import calibration as calibrations
 from semq_state import container, content
-from semq_state.calibration import Calibration
-from semq_state.codecs import AbstractCodec, Encoded
-from semq_state.container import MANIFEST, Manifest, SectionEntry, SectionWriter, TensorEntry
+from semq_state.calibration import Calibration, Predictor
+from semq_state.codecs import AbstractCodec, Encoded, predicted
+from semq_state.container import MANIFEST, JointEntry, Manifest, SectionEntry, SectionWriter, TensorEntry
 from semq_state.content import TensorSpec
-from semq_state.errors import IntegrityError
+from semq_state.errors import CalibrationError, IntegrityError
+from semq_state.files import joint
 from semq_state.files.forms import Codec, Form, form_of, measured
 from semq_state.files.info import SnapshotInfo
 from semq_state.files.opening import opened
@@ -32,6 +35,7 @@ def save(
     codec: Codec = "exact",
     calibration: Calibration | str | os.PathLike[str] | None = None,
     embed_calibration: bool = False,
+    predictor: Predictor | str | os.PathLike[str] | None = None,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> SnapshotInfo:
@@ -40,12 +44,13 @@ def save(
     The file appears under its name only when it is whole: it is written beside it, synced, read again and
     compared, then renamed. The same snapshot with the same options gives the same bytes.
 
-    Lossless codecs are `exact`, `exact-max` (smaller, slower to load) and `raw` (plain tensors that any safetensors
-    reader opens). Compact ones are chosen by quality: `near`, `compact`, `tiny`, or a target, `kl=0.002` (mean KL
-    divergence of the next token) or `ratio=20`. They need a calibration of the model (`sq.calibrate`), which is
-    found by the digest of its weights; without one the presets fall back to a codec that needs none, and say so.
-    The first 4 tokens and everything that is not keys and values stay exact. The file records what was picked and
-    what it cost this very state: see `Snapshot.coding`.
+    Lossless codecs are `exact`, `exact-max` (smaller, slower to load), `raw` (plain tensors that any safetensors
+    reader opens) and `exact-predicted` (the smallest, for bfloat16 states; it needs a predictor of the model to
+    save and to load). Compact ones are chosen by quality: `near`, `compact`, `tiny`, or a target, `kl=0.002` (mean
+    KL divergence of the next token) or `ratio=20`. They need a calibration of the model (`sq.calibrate`), which
+    is found by the digest of its weights; without one the presets fall back to a codec that needs none, and say
+    so. The first 4 tokens and everything that is not keys and values stay exact. The file records what was picked
+    and what it cost this very state: see `Snapshot.coding`.
 
     Args:
         snapshot: what to save.
@@ -53,6 +58,7 @@ def save(
         codec: one of these words, the id of a codec (`rotated`, `uniform`, `semq`), or a codec or policy value.
         calibration: a calibration or its file, instead of the one that the cache folder has for these weights.
         embed_calibration: carry the calibration along, so that the file can be read without any other.
+        predictor: for `exact-predicted`, a predictor or its file, instead of the one that the cache folder has.
         verify: read the file again, decode it and compare every digest before it counts as saved.
         progress: called with the bytes done and the bytes in all.
 
@@ -62,19 +68,24 @@ def save(
     Raises:
         StoreError: the folder or disk refused; nothing was changed.
         UnknownCodecError: no such preset.
-        CalibrationError: a calibration is missing, damaged or of another model.
+        CalibrationError: a calibration or predictor is missing, damaged or of another model.
         IntegrityError: what was read again is not what was written.
 
     Example:
         >>> sq.save(run.snapshot(), "chat.safetensors")  # doctest: +SKIP
         >>> sq.save(run.snapshot(), "chat.safetensors", codec="compact")  # doctest: +SKIP
     """
-    form = form_of(snapshot, codec, _calibration_for(snapshot, codec, calibration), embed=embed_calibration)
+    calibrated = _calibration_for(snapshot, codec, calibration)
+    guessing = _predictor_for(snapshot, predictor) if codec == predicted.PRESET else None
+    form = form_of(snapshot, codec, calibrated, embed=embed_calibration, predictor=guessing)
     tensors = form.tensors
     specs = dict(content.specs_of(tensors))
+    joint_jobs = joint.jobs_of(form.joints)
+    together = {name for each in form.joints for name in each.names}
     jobs = [
         Job(tensor_name, section, start, stop)
         for tensor_name in _in_file_order(specs, form)
+        if tensor_name not in together
         for section, start, stop in _sections(tensor_name, specs[tensor_name], form.coder_of(tensor_name))
     ]
     total = sum(spec.n_bytes for spec in specs.values()) * (2 if verify else 1)
@@ -91,12 +102,12 @@ def save(
 
     def reread(hidden: Path) -> None:
         if verify:
-            _compare(hidden, manifest, advance)
+            _compare(hidden, manifest, guessing, advance)
 
     with atomic_write(path, check=reread) as file:
         writer = SectionWriter(
             file,
-            [*(job.section for job in jobs), MANIFEST],
+            [*(job.section for job in jobs), *(part.section for part in joint_jobs), MANIFEST],
             max(map(_n_dims, specs.values())),
             metadata,
         )
@@ -108,7 +119,15 @@ def save(
             digests[job.tensor].extend(found)
             written[job.tensor] += encoded.n_bytes
             advance(spec.n_bytes)
-        manifest = _manifest(snapshot, form, specs, digests, entries, written)
+        digests |= {name: list(d) for name, d in content.all_digests({n: tensors[n] for n in together}).items()}
+        payloads = []
+        for part, payload in in_order(partial(joint.coded, form.joints, tensors), joint_jobs):
+            writer.write(part.section, [payload])
+            payloads.append((part, content.digest(np.frombuffer(payload, np.uint8))))
+            of = form.joints[part.number]
+            advance(len(of.names) * of.spec.chunk(part.start, part.stop).n_bytes)
+        joints = joint.entries_of(form.joints, payloads)
+        manifest = _manifest(snapshot, form, specs, digests, entries, written, joints)
         writer.write(MANIFEST, [manifest.to_bytes()])
         writer.finish(metadata | {"state_id": manifest.state_id})
     return inspect(path)
@@ -123,6 +142,22 @@ def _calibration_for(
             calibrations.find(snapshot.provenance.weights) if isinstance(codec, str) and is_lossy(codec) else None
         )
     return given if isinstance(given, Calibration) else calibrations.load_calibration(given)
+
+
+def _predictor_for(snapshot: Snapshot, given: Predictor | str | os.PathLike[str] | None) -> Predictor | None:
+    """The predictor for a save; None where there is nothing that one could take."""
+    weights = snapshot.provenance.weights
+    if given is None:
+        return calibrations.predictor_for(weights) if joint.is_predictable(snapshot) else None
+    found = given if isinstance(given, Predictor) else calibrations.load_predictor(given)
+    if found.weights != weights:
+        raise CalibrationError(
+            f"predictor {found.digest:.24}…",
+            expected=f"one of the model that made this state, weights {weights:.24}…",
+            found=f"one of {found.model_name or 'another model'}, weights {found.weights:.24}…",
+            do="measure the state's own model",
+        )
+    return found
 
 
 def _in_file_order(specs: Mapping[str, TensorSpec], form: Form) -> list[str]:
@@ -150,6 +185,7 @@ def _manifest(
     digests: Mapping[str, list[str]],
     entries: Mapping[str, list[SectionEntry]],
     written: Mapping[str, int],
+    joints: tuple[JointEntry, ...],
 ) -> Manifest:
     whole = content.content_digest(form.structure, form.own_specs, digests)
     return Manifest(
@@ -163,14 +199,15 @@ def _manifest(
         content_digest=whole,
         state_id=content.state_id(whole, snapshot.provenance.identity()),
         report={} if form.coding is None else measured(form, snapshot, written).as_dict(),
+        joint=joints,
     )
 
 
-def _compare(path: Path, manifest: Manifest, advance: Callable[[int], None]) -> None:
+def _compare(path: Path, manifest: Manifest, predictor: Predictor | None, advance: Callable[[int], None]) -> None:
     """Reads a finished file again and holds it against what should be in it."""
     with LocalFile(path) as file:
         header, found = opened(file)
-        failures = failures_of(file, header, found, advance)
+        failures = failures_of(file, header, found, predictor, advance)
     for failure in failures.values():
         raise failure
     if found.to_bytes() != manifest.to_bytes():

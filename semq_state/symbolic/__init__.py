@@ -13,3 +13,4 @@ from semq_state.symbolic.presets import words as words
 from semq_state.symbolic.states import restored as restored
 from semq_state.symbolic.states import symbolise as symbolise
 from semq_state.symbolic.targets import kinds_of as kinds_of
+from semq_state.symbolic.targets import targets as targets
