@@ -21,6 +21,9 @@ def calibrate(
         typer.Option(help="A text to run it on; several in equal shares. Without any the model writes its own."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write it, instead of the cache folder.")] = None,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Measure as well what exact-predicted needs; for bfloat16 models.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of labels, signs and samples.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -32,7 +35,9 @@ def calibrate(
     texts = [path.read_text(encoding="utf-8") for path in text or ()]
     live, tokenizer = load_model(model, dtype=dtype, device=device)
     with steps_bar() as progress:
-        made = sq.calibrate(live, tokenizer, text=texts or None, into=out, seed=seed, progress=progress)
+        made = sq.calibrate(
+            live, tokenizer, text=texts or None, into=out, seed=seed, lossless=lossless, progress=progress
+        )
     path = out or place_for(made.weights)
     if as_json:
         print(json.dumps(_told(made, path), indent=2))

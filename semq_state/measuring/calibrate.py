@@ -11,6 +11,8 @@ from typing import Any
 from semq_state import calibration as calibrations
 from semq_state.calibration import Calibration
 
+_N_PREDICTED = 8  # texts from which keys and values are predicted by one another
+
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the steps of it done so far and in all."""
 
@@ -24,6 +26,7 @@ def calibrate(
     n_contexts: int = 26,
     n_gradients: int = 8,
     seed: int = 0,
+    lossless: bool = False,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measures what compact snapshots of a model's states need to know, once for a model.
@@ -40,6 +43,8 @@ def calibrate(
         n_contexts: pieces of 1,024 tokens.
         n_gradients: on how many of them gradients are taken.
         seed: of labels, signs and samples.
+        lossless: measure as well what `sq.save(codec="exact-predicted")` needs, for a model in bfloat16; it is kept
+            beside the calibration.
         progress: called with what is done, and how much of it.
 
     Returns:
@@ -64,4 +69,18 @@ def calibrate(
     about = {**made.about, "seconds": round(time.monotonic() - began, 1)}
     done = replace(made, weights=weights, about=about)
     calibrations.save_calibration(done, into or calibrations.place_for(done.weights))
+    if lossless:
+        _measure_predictor(model, tokenizer, texts, seed, tell)
     return done
+
+
+def _measure_predictor(model: Any, tokenizer: Any, texts: list[str], seed: int, tell: Progress) -> None:
+    from semq_state.measuring import contexts
+    from semq_state.measuring.predictor import measure_predictor
+    from semq_state.measuring.steps import N_TOKENS
+
+    n = _N_PREDICTED
+    runs = (
+        contexts.pieces(tokenizer, texts, n, N_TOKENS) if texts else contexts.samples(model, n, N_TOKENS, seed=seed)
+    )
+    measure_predictor(model, runs, progress=lambda done, total: tell("lossless", done, total))
