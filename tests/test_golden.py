@@ -4,31 +4,43 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import guessing
 import pytest
 import torch
+from workers import made
 
 import semq_state as sq
 from semq_state.generation.trees import put_together
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("v*.safetensors"))
+ALL = sorted((Path(__file__).parent / "golden").glob("v*.safetensors"))
+GOLDEN = [path for path in ALL if path.stem.partition("-")[2] in ("exact", "exact-max", "raw", "exact-predicted")]
 STATE_IDS = {
     "v1": "sha256:8e974fba87f81f07f6ba89d93546d90b66681a19afbd7c99cddcb78980b3d58a",
     "v2": "sha256:1d28bd8c357b09eca898f71a7a377afd4021cabe321cf7d0ad75f72f62b719e4",
+    "v3": "sha256:9ec9cd928b2890f6c9ece6178bc886f6957b7bb16b3d5c74002f0a0e775828a6",
 }
-V1, V2 = ([path for path in GOLDEN if path.stem.startswith(version)] for version in STATE_IDS)
+COMPACT = {
+    "rotated": "sha256:c5e7753b262d2f7db3bb30d3989cac69278f97f97a429bdf7d697f4c62a3292b",
+    "semq": "sha256:bfaed9c9e82593a3f6994ff82f8d9636cf9248e3cecaf554fabb58cfcf0283fa",
+    "transform": "sha256:f3746dc56de86543afdf52d3fe55ac632f8745a06bdaeeaa0adaf852764c27e9",
+    "uniform": "sha256:0987e3365702f3272b6b2d958e5ec28531882825c90c9fa08d085c489a34698c",
+}
+PREDICTOR = Path(__file__).parent / "golden" / "predictor-3.safetensors"
+V1, V2, _ = ([path for path in GOLDEN if path.stem.startswith(version)] for version in STATE_IDS)
 
 
 def test_there_is_a_file_of_every_version_and_codec() -> None:
-    names = {path.stem for path in GOLDEN}
-    assert names == {f"{v}-{codec}" for v in STATE_IDS for codec in ("exact", "exact-max", "raw")}
+    names = {path.stem for path in ALL}
+    new = {f"v3-{codec}" for codec in ("exact-predicted", *COMPACT)}
+    assert names == {f"{v}-{codec}" for v in STATE_IDS for codec in ("exact", "exact-max", "raw")} | new
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_golden_file_has_its_identity(path: Path, tmp_path: Path) -> None:
     version = path.stem.partition("-")[0]
-    snapshot = sq.load(path)
+    snapshot = sq.load(path, predictor=PREDICTOR)
     assert snapshot.state_id == STATE_IDS[version]
-    assert sq.verify(path).passed
+    assert "predicted" in path.stem or sq.verify(path).passed
     assert sq.inspect(path).as_dict()["format_version"] == int(version[1:])
     # The state is the same, and so its identity, in whatever version it is saved again.
     assert sq.save(snapshot, tmp_path / "again.safetensors").state_id == STATE_IDS[version]
@@ -86,3 +98,20 @@ def test_all_golden_files_of_a_version_hold_the_same_bits() -> None:
         for other in others:
             for name, tensor in first.items():
                 assert tensor.reshape(-1).view(torch.uint8).equal(other[name].reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("codec", COMPACT)
+def test_golden_file_of_symbols_is_read(codec: str) -> None:
+    path = Path(__file__).parent / "golden" / f"v3-{codec}.safetensors"
+    assert sq.verify(path).passed
+    snapshot = sq.load(path)
+    assert snapshot.state_id == sq.inspect(path).state_id == COMPACT[codec]
+    assert snapshot.coding is not None and snapshot.coding.codec == codec
+    whole = made.state() if codec == "transform" else guessing.snapshot_of(guessing.cache_of(40, 5))
+    assert snapshot.coding.source == whole.state_id
+    for name, exact in whole.cache.tensors().items():
+        found = snapshot.cache.tensors()[name].float()
+        assert found[..., :4, :].equal(exact[..., :4, :].float())
+        error = torch.linalg.vector_norm(found[..., 4:, :] - exact[..., 4:, :].float())
+        relative = float(error / torch.linalg.vector_norm(exact[..., 4:, :].float()))
+        assert relative == pytest.approx(snapshot.coding.errors[name].relative, rel=0.05, abs=1e-3)

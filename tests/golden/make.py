@@ -1,6 +1,6 @@
 """Writes the golden files of the present format version. Run once per version, never again.
 
-python tests/golden/make.py VERSION
+PYTHONPATH=tests python tests/golden/make.py VERSION
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import guessing
 import torch
+from workers import made
 
 import semq_state as sq
+from semq_state.calibration import save_predictor
 from semq_state.snapshot import CacheState, Checkpoint, GenerationState, LayerState, ProcessorState
 
 
@@ -139,8 +142,30 @@ def _provenance() -> sq.Provenance:
     )
 
 
+def version_3() -> sq.Snapshot:
+    """A state whose layers follow from one another, as in a model."""
+    return guessing.snapshot_of(guessing.cache_of(40, 5))
+
+
+def write_version_3(folder: Path) -> None:
+    """What is new in version 3: symbols under every codec, an embedded calibration, tensors coded together."""
+    state = version_3()
+    for codec in ("rotated", "uniform", "semq"):
+        sq.save(state, folder / f"v3-{codec}.safetensors", codec=codec)
+    predictor = guessing.predictor_of()
+    save_predictor(predictor, folder / "predictor-3.safetensors")
+    sq.save(state, folder / "v3-exact-predicted.safetensors", codec="exact-predicted", predictor=predictor)
+    calibration = made.calibration()
+    coder = sq.Transform(calibration, step=0.05)
+    sq.save(made.state(), folder / "v3-transform.safetensors", codec=coder, embed_calibration=True)
+
+
 if __name__ == "__main__":
-    made = {"1": version_1, "2": version_2}[sys.argv[1]]()
+    here = Path(__file__).parent
+    snapshot = {"1": version_1, "2": version_2, "3": version_3}[sys.argv[1]]()
     for codec in ("exact", "exact-max", "raw"):
-        info = sq.save(made, Path(__file__).parent / f"v{sys.argv[1]}-{codec}.safetensors", codec=codec)
-        print(info.path, info.state_id)
+        sq.save(snapshot, here / f"v{sys.argv[1]}-{codec}.safetensors", codec=codec)
+    if sys.argv[1] == "3":
+        write_version_3(here)
+    for path in sorted(here.glob(f"v{sys.argv[1]}-*.safetensors")):
+        print(path.name, sq.inspect(path).state_id)
