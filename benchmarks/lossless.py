@@ -19,7 +19,6 @@ import torch
 import semq_state as sq
 from benchmarks.quality_protocol import python_source, spread, token_ids
 from benchmarks.report import Row, write
-from semq_state.calibration import save_predictor
 from semq_state.cli.models import load_model
 from semq_state.measuring.contexts import pieces
 from semq_state.measuring.predictor import measure_predictor
@@ -29,8 +28,8 @@ LENGTHS = (1024, 4096)
 N_CONTEXTS = 8
 
 NOTES = (
-    "Model: SmolLM2-135M-Instruct in bfloat16 (dequantised from a 4-bit GGUF). `ratio`: raw cache over the whole file. "
-    "`MB/s`: raw state over the time of a save (verified, so decoded once) and of a load, digests included, on one "
+    "Model: SmolLM2-135M-Instruct in bfloat16 (dequantised from a 4-bit GGUF). `ratio`: raw cache over the whole "
+    "file. `MB/s`: raw state over the time of a save (verified, so decoded once) and of a load, digests included, on one "
     "core. The predictor is shared by all files of a model and not counted in their ratio."
 )
 
@@ -51,9 +50,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="semq-state-lossless-") as folder:
         place = Path(folder) / "predictor.safetensors"
         start = time.perf_counter()
-        predictor = measure_predictor(model, contexts, into=place)
+        measure_predictor(model, contexts, into=place)
         made = {"seconds": time.perf_counter() - start, "n_bytes": place.stat().st_size}
-        save_predictor(predictor, place)
         texts = {"wikitext": args.text.read_text(encoding="utf-8"), "python": python_source()}
         rows = []
         for domain, text in texts.items():
