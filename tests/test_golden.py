@@ -94,7 +94,8 @@ def test_golden_file_of_version_1_is_read(path: Path) -> None:
 
 def test_all_golden_files_of_a_version_hold_the_same_bits() -> None:
     for version in STATE_IDS:
-        first, *others = (sq.load(path, predictor=PREDICTOR).tensors() for path in GOLDEN if path.stem.startswith(version))
+        paths = [path for path in GOLDEN if path.stem.startswith(version)]
+        first, *others = (sq.load(path, predictor=PREDICTOR).tensors() for path in paths)
         for other in others:
             for name, tensor in first.items():
                 assert tensor.reshape(-1).view(torch.uint8).equal(other[name].reshape(-1).view(torch.uint8))
