@@ -29,8 +29,8 @@ N_CONTEXTS = 8
 
 NOTES = (
     "Model: SmolLM2-135M-Instruct in bfloat16 (dequantised from a 4-bit GGUF). `ratio`: raw cache over the whole "
-    "file. `MB/s`: raw state over the time of a save (verified, so decoded once) and of a load, digests included, on "
-    "one core. The predictor is shared by all files of a model and not counted in their ratio."
+    "file. `MB/s`: raw state over the time of a save (verified, so decoded once) and of a load, with digests, on "
+    "one core. The predictor is shared by all files of a model and is not counted."
 )
 
 

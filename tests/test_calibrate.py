@@ -202,7 +202,6 @@ def test_latent_attention(tmp_path: Path, path: Path) -> None:
     assert errors[0] > errors[1] > errors[2] < 0.1
 
 
-@pytest.mark.xfail(raises=AttributeError, strict=True, reason="the cache of Mamba has another name")
 def test_a_model_without_keys_and_values_is_refused(tmp_path: Path, folder: Path) -> None:
     torch.manual_seed(0)
     config = MambaConfig(

@@ -204,9 +204,7 @@ def test_an_index_is_exact_and_packed_layers_are_left_alone(name: str, path: Pat
     snapshot = state(
         LayerState("indexed", {**indexed.tensors, **index}, {**indexed.meta, **holds}),
         LayerState("fp8", packed, {"n_seen": 40, "dtype": "float32", "filled": True}),
-        LayerState(
-            "hqq", {**dynamic(seq=9).tensors, "key_codes": torch.ones(3, dtype=torch.uint8)}, {"n_seen": 40}
-        ),
+        LayerState("hqq", {**dynamic(seq=9).tensors, "key_codes": torch.ones(3).byte()}, {"n_seen": 40}),
         LayerState("dummy", {}),
     )
     loaded = reloaded(snapshot, path, policy(name))

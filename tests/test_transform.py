@@ -434,7 +434,7 @@ def test_presets_take_the_calibration_of_the_weights(path: Path) -> None:
     made = calibration()
     save_calibration(made, place_for(WEIGHTS))
     sizes = {}
-    for codec in ("near", "compact", "tiny", "kl=0.0002", "kl=1e-3", "ratio=8", "ratio=.5e1"):
+    for codec in ("near", "compact", "tiny", "kl=0.0003", "kl=1e-3", "ratio=8", "ratio=.5e1"):
         info = sq.save(state(), path, codec=codec)
         assert info.codec == codec and info.coding and info.coding.calibration == made.digest
         assert info.coding.picked == {"keys": "transform", "values": "transform"}
@@ -444,7 +444,7 @@ def test_presets_take_the_calibration_of_the_weights(path: Path) -> None:
             assert info.coding.kl == pytest.approx(float(codec[3:]))
         if codec.startswith("ratio="):
             assert info.coding.kl == pytest.approx(kl_at(made, step_for_bits(made, 16 / float(codec[6:]))))
-    assert sizes["tiny"] < sizes["compact"] < sizes["near"] == sizes["kl=0.0002"]
+    assert sizes["tiny"] < sizes["compact"] < sizes["near"] == sizes["kl=0.0003"]
 
 
 def test_presets_without_a_calibration_say_so(path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from semq_state.errors import CalibrationError
+from semq_state.measuring.observing import cache_of
 
 TEMPERATURES = (0.7, 1.0, 1.3)
 """Of the samples that stand in for a text, so that they are neither all plain nor all odd."""
@@ -61,7 +62,7 @@ def samples(model: Any, n: int, length: int, *, seed: int = 0) -> list[torch.Ten
     cache, fed = None, ids
     for _ in range(length - 1):
         out = model(fed, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        cache = cache_of(out, model)
         chances = (out.logits[:, -1].float() / temperatures[:, None]).softmax(-1)
         fed = torch.multinomial(chances, 1, generator=generator)
         ids = torch.cat([ids, fed], dim=1)

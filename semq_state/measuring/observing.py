@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from semq_state.caches.cache import dump_cache, mark_cache, rebuild_cache
+from semq_state.errors import CalibrationError
 from semq_state.restore.devices import device_of
 from semq_state.snapshot import CacheState, LayerState
 
@@ -40,8 +41,25 @@ def prefilled(model: Any, ids: torch.Tensor) -> CacheState:
     with torch.no_grad():
         cache = None
         for piece in ids.to(model.device).tensor_split(-(-ids.shape[1] // _FED_AT_ONCE), dim=1):
-            cache = model(piece, past_key_values=cache, use_cache=True, **_last_logits(model)).past_key_values
+            cache = cache_of(model(piece, past_key_values=cache, use_cache=True, **_last_logits(model)), model)
     return dump_cache(mark_cache(cache, model.config.model_type))
+
+
+def cache_of(output: Any, model: Any) -> Any:
+    """The cache in a model's output.
+
+    Raises:
+        CalibrationError: there is none of keys and values.
+    """
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        raise CalibrationError(
+            f"{model.config.model_type} model",
+            expected="layers with keys and values along the sequence",
+            found="no cache of such",
+            do="its states are saved exactly, or by codecs without a calibration",
+        )
+    return cache
 
 
 def kept(state: CacheState) -> list[Kept]:
