@@ -13,7 +13,7 @@ from semq_state.symbolic.policy import Policy, everywhere
 KL = {"near": 0.0003, "compact": 0.0016, "tiny": 0.010}
 """Mean KL divergence of the next token, in nats, that a preset asks of a calibrated transform."""
 
-STEPS = {"near": 0.1, "compact": 0.35, "tiny": 0.8}
+STEPS = {"near": 0.1, "compact": 0.3, "tiny": 0.6}
 """Step of the rotated codec that stands in where there is no calibration, by the same measure of quality."""
 
 CODECS: dict[str, AbstractVectorCodec] = {
