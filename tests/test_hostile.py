@@ -235,11 +235,11 @@ def test_trailing_bytes_are_refused(n_bytes: int, good: dict[str, bytes], path: 
 def free_text(data: bytes) -> set[int]:
     """Offsets of what no digest covers: names and circumstances for people, which prove nothing (FORMAT.md)."""
     shown = {
-        "header": rb'"(format_version":"3","model":"tiny)"',
+        "header": rb'"(format_version":"3","model":"small)"',
         "codec": rb"\xa5codec\xa5(exact)",
         "writer": rb"\xa6writer.(.*)\Z",
         "attention": rb"\xa9attention\xa4(sdpa)",
-        "model": rb"\xaamodel_name\xa4(tiny)",
+        "model": rb"\xaamodel_name\xa5(small)",
         "threads": rb"\xa7threads(\x00)",
         "versions": rb"\xa8versions\x81\xa5(torch)\xa1(2)",
     }
