@@ -41,10 +41,19 @@ def save_calibration(calibration: Calibration, path: str | os.PathLike[str]) -> 
         "model": calibration.model_name,
         "digest": calibration.digest,
     }
+    return write_whole(path, tensors, metadata)
+
+
+def write_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
+    """Writes an artifact to one safetensors file, whole or not at all.
+
+    Raises:
+        CalibrationError: the folder or disk refused.
+    """
     hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, hidden, metadata)
+        save_file(dict(tensors), hidden, dict(metadata))
         hidden.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

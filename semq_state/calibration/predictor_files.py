@@ -9,10 +9,9 @@ from typing import Any
 import msgpack
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from semq_state import content
-from semq_state.calibration.files import place_for
+from semq_state.calibration.files import place_for, write_whole
 from semq_state.calibration.predictor import Predictor
 from semq_state.errors import CalibrationError
 
@@ -47,17 +46,7 @@ def save_predictor(predictor: Predictor, path: str | os.PathLike[str]) -> Path:
         "model": predictor.model_name,
         "digest": predictor.digest,
     }
-    hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, hidden, metadata)
-        hidden.replace(path)
-    except OSError as error:
-        hidden.unlink(missing_ok=True)
-        raise CalibrationError(
-            str(path), expected="a folder to write to", found=str(error), do="choose another place"
-        ) from error
-    return path
+    return write_whole(path, tensors, metadata)
 
 
 def load_predictor(path: str | os.PathLike[str]) -> Predictor:
