@@ -12,6 +12,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES, MULTIMODAL_INPUTS_TO_
 
 from semq_state.caches import CacheMark, dump_cache, is_cache, mark_cache, n_cached
 from semq_state.capture.beams import BeamWatch
+from semq_state.capture.tracing import Tracer
 from semq_state.errors import IncompleteStateError, SemqStateError, UnsupportedOperationError
 from semq_state.generation import seams
 from semq_state.generation.attributes import AttributeWatch
@@ -102,6 +103,7 @@ class Recorder:
         on_step: called after each finished token.
         tells: warn when a run cannot be kept; not where `on_step` finds that out itself.
         wants_checkpoint: whether to keep what a later `crop` to this many tokens will need.
+        tracer: takes notes of each token, and with it the run's first token is a checkpoint.
     """
 
     def __init__(
@@ -111,7 +113,9 @@ class Recorder:
         *,
         tells: bool = True,
         wants_checkpoint: Callable[[int], bool] = lambda n_tokens: False,
+        tracer: Tracer | None = None,
     ) -> None:
+        self._tracer = tracer
         self.last: Step | None = None
         self._model = model
         self._on_step = on_step
@@ -145,6 +149,8 @@ class Recorder:
             return processors
         self._call = _Call()
         self._attributes.begin()
+        if self._tracer:
+            self._tracer.begin()
         self._call.prompt_length = int(kwargs["input_ids_seq_length"])
         self._call.config = config
         self._call.logits_processors = list(processors)
@@ -200,8 +206,12 @@ class Recorder:
     ) -> None:
         if not self._call.refused:
             try:
-                self.last = self._step(self._call, input_ids, ended, search or {})
-                if self._wants_checkpoint(int(input_ids.shape[1])):
+                step = self._step(self._call, input_ids, ended, search or {})
+                if self._tracer:
+                    self._tracer.finish(input_ids, None if search else step.logits)
+                is_first = self.last is None or self.last.call is not self._call
+                self.last = step
+                if self._wants_checkpoint(int(input_ids.shape[1])) or (self._tracer and is_first):
                     cache = dump_cache(self.last.cache).uncroppable()
                     self._call.checkpoints.append(
                         Checkpoint(int(input_ids.shape[1]), cache, self.last.rng, self.last.attributes)
@@ -285,6 +295,7 @@ class Recorder:
             ),
             provenance=provenance,
             checkpoints=tuple(c for c in step.call.checkpoints if c.n_tokens < int(step.input_ids.shape[1])),
+            trace=self._tracer.trace() if self._tracer else None,
         )
 
 

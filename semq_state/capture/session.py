@@ -37,6 +37,7 @@ class Capture:
         codec: str | AbstractCodec = "exact",
         weights: str = "full",
         checkpoints: int | Collection[int] = (),
+        trace: bool = False,
     ) -> None:
         if every < 1:
             raise ValueError(f"`every` must be at least 1 token, got {every}")
@@ -44,6 +45,7 @@ class Capture:
             raise ValueError(f"`weights` must be one of {MODES}, got {weights!r}")
         preset(codec)
         self._checkpoints = _checked(checkpoints)
+        self._trace = trace
         self._wrapper = model
         self._model = base_model(model)
         self._tokenizer = tokenizer
@@ -65,13 +67,23 @@ class Capture:
         if self._autosave is not None:
             stores.check_writable(self._autosave)
         from semq_state.capture.recorder import Recorder
+        from semq_state.capture.tracing import tracers
 
+        modules = generators(self._model)
+        traced = tracers(modules) if self._trace else {}
         self._mark = mark_weights(self._model)
-        for path, module in generators(self._model).items():
+        for path, module in modules.items():
+            tracer = traced.get(path)
             recorder = Recorder(
-                module, self._on_step, tells=self._autosave is None, wants_checkpoint=self._wants_checkpoint
+                module,
+                self._on_step,
+                tells=self._autosave is None,
+                wants_checkpoint=self._wants_checkpoint,
+                tracer=tracer,
             )
             self._recorders[path] = recorder
+            if tracer:
+                self._stack.enter_context(tracer.listening())
             self._stack.enter_context(replaced(module, recorder.replacements()))
         return self
 
@@ -169,6 +181,7 @@ def capture(
     codec: str | AbstractCodec = "exact",
     weights: str = "full",
     checkpoints: int | Collection[int] = (),
+    trace: bool = False,
 ) -> Capture:
     """Records what the next step of `model.generate` needs, without changing what generate returns.
 
@@ -184,6 +197,9 @@ def capture(
         checkpoints: token counts (prompt included), or every so many tokens, at which to keep what layers that
             forget (recurrent states, windows) hold, so that `Snapshot.crop` can go back there. What other layers
             hold is not kept twice.
+        trace: keep evidence of each generated token (`Snapshot.trace`, less than 300 bytes of a row's token), so
+            that the run can be replayed cheaply later, and a checkpoint at the first token, from which it can be
+            replayed bit for bit. For loops that choose one token of each row at a time.
 
     Returns:
         The capture, to be used in a `with`.
@@ -205,6 +221,7 @@ def capture(
         codec=codec,
         weights=weights,
         checkpoints=checkpoints,
+        trace=trace,
     )
 
 

@@ -10,5 +10,6 @@ from semq_state.snapshot.coding import Coding as Coding
 from semq_state.snapshot.coding import SectionError as SectionError
 from semq_state.snapshot.generation import GenerationState as GenerationState
 from semq_state.snapshot.generation import ProcessorState as ProcessorState
+from semq_state.snapshot.trace import Trace as Trace
 from semq_state.snapshot.whole import Checkpoint as Checkpoint
 from semq_state.snapshot.whole import Snapshot as Snapshot

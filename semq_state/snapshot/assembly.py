@@ -13,6 +13,8 @@ from semq_state.errors import IncompleteStateError
 from semq_state.provenance import Provenance
 from semq_state.snapshot.cache import CacheState, LayerState, Tensors
 from semq_state.snapshot.generation import CACHE_ARGUMENT, GenerationState, ProcessorState
+from semq_state.snapshot.trace import NAMES as TRACED
+from semq_state.snapshot.trace import Trace
 from semq_state.snapshot.whole import Checkpoint, Snapshot
 
 MAX_PARTS = 4
@@ -45,6 +47,7 @@ def assemble(
         )
         for i, table in enumerate(_optional(structure, "checkpoints", list))
     )
+    trace = _trace(left, _field(structure, "trace", dict)) if "trace" in structure else None
     if left.tensors:
         raise IncompleteStateError(
             f"{', '.join(sorted(left.tensors)):.200}",
@@ -52,7 +55,7 @@ def assemble(
             found="these besides",
             do="the file was put together wrongly; take the snapshot again",
         )
-    snapshot = Snapshot(cache, generation, provenance, digests, checkpoints)
+    snapshot = Snapshot(cache, generation, provenance, digests, checkpoints, trace=trace)
     if snapshot.structure() != structure:
         raise TypeError("fields besides, or names out of order")
     return snapshot
@@ -86,6 +89,15 @@ def _generation(left: _Left, state: Mapping[str, Any]) -> GenerationState:
         attributes=left.all("generation.attributes", state, "attributes") if "attributes" in state else {},
         cache_argument=_optional(state, "cache_argument", str) or CACHE_ARGUMENT,
         generator=_optional(state, "generator", str),
+    )
+
+
+def _trace(left: _Left, table: Mapping[str, Any]) -> Trace:
+    return Trace(
+        _count(table, "begin"),
+        *(left.one(f"trace.{name}") for name in TRACED),
+        rule=_field(table, "rule", dict),
+        rng=left.all("trace.rng", table, "rng"),
     )
 
 

@@ -16,6 +16,7 @@ from semq_state.provenance import Provenance
 from semq_state.snapshot.cache import CacheState, Tensors, take_rows
 from semq_state.snapshot.coding import Coding
 from semq_state.snapshot.generation import GenerationState
+from semq_state.snapshot.trace import Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,7 @@ class Snapshot:
         checkpoints: earlier moments to which `crop` can go back, earliest first.
         coding: of a state that was read from a compact file: how it had been coded, and with what error.
         coded_id: the identity of such a state, which is computed over its symbols; empty for any other.
+        trace: the run token by token, where `capture(trace=True)` kept it.
     """
 
     cache: CacheState
@@ -67,6 +69,7 @@ class Snapshot:
     checkpoints: tuple[Checkpoint, ...] = ()
     coding: Coding | None = None
     coded_id: str = ""
+    trace: Trace | None = None
 
     @cached_property
     def state_id(self) -> str:
@@ -98,13 +101,15 @@ class Snapshot:
         named = {**self.cache.tensors(), **self.generation.tensors()}
         for i, checkpoint in enumerate(self.checkpoints):
             named |= checkpoint.tensors(f"checkpoints.{i}.")
-        return named
+        return named | (self.trace.tensors() if self.trace else {})
 
     def structure(self) -> dict[str, Any]:
         """Everything of the state that is not a tensor; with `tensors()` it is the whole state."""
         whole: dict[str, Any] = {"cache": self.cache.structure(), "generation": self.generation.structure()}
         if self.checkpoints:
             whole["checkpoints"] = [checkpoint.structure() for checkpoint in self.checkpoints]
+        if self.trace:
+            whole["trace"] = self.trace.structure()
         return whole
 
     def crop(self, n_tokens: int) -> Snapshot:
@@ -170,6 +175,7 @@ class Snapshot:
             ),
             provenance=self.provenance,
             checkpoints=tuple(c for c in self.checkpoints if c.n_tokens < n_tokens),
+            trace=self.trace and self.trace.crop(n_tokens),
         )
 
     def select(self, rows: Sequence[int]) -> Snapshot:
@@ -220,6 +226,7 @@ class Snapshot:
                 dataclasses.replace(c, cache=c.cache.select(index), attributes=taken(c.attributes))
                 for c in self.checkpoints
             ),
+            trace=self.trace and self.trace.select(index),
         )
 
     def fork(self, n: int, *, seeds: Sequence[int] | None = None) -> tuple[Snapshot, ...]:
@@ -299,6 +306,7 @@ class Snapshot:
                 dataclasses.replace(c, cache=c.cache.map(moved), attributes=all_of(c.attributes, moved))
                 for c in self.checkpoints
             ),
+            trace=self.trace,
         )
 
     def _require_croppable(self) -> None:
