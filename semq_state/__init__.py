@@ -14,6 +14,10 @@ tokens = resumed.generate(max_new_tokens=100)
 
 from __future__ import annotations
 
+from semq_state.audit.diff import diff as diff
+from semq_state.audit.floor import measure_floor as measure_floor
+from semq_state.audit.replay import replay as replay
+from semq_state.audit.signing import sign as sign
 from semq_state.audit.verify import Verification as Verification
 from semq_state.audit.verify import verify as verify
 from semq_state.calibration import Calibration as Calibration
@@ -21,11 +25,14 @@ from semq_state.capture import capture as capture
 from semq_state.capture import snapshot_of as snapshot_of
 from semq_state.codecs import Transform as Transform
 from semq_state.errors import CalibrationError as CalibrationError
+from semq_state.errors import DecryptionError as DecryptionError
+from semq_state.errors import FloorError as FloorError
 from semq_state.errors import FormatError as FormatError
 from semq_state.errors import IncompleteStateError as IncompleteStateError
 from semq_state.errors import IntegrityError as IntegrityError
 from semq_state.errors import ModelMismatchError as ModelMismatchError
 from semq_state.errors import SemqStateError as SemqStateError
+from semq_state.errors import SignatureError as SignatureError
 from semq_state.errors import StoreError as StoreError
 from semq_state.errors import UnknownCodecError as UnknownCodecError
 from semq_state.errors import UnsupportedModelError as UnsupportedModelError
@@ -37,6 +44,7 @@ from semq_state.measuring import calibrate as calibrate
 from semq_state.provenance import Provenance as Provenance
 from semq_state.restore import Resumed as Resumed
 from semq_state.restore import restore as restore
+from semq_state.sealing import seal as seal
 from semq_state.snapshot import Snapshot as Snapshot
 from semq_state.support import Support as Support
 from semq_state.support import supports as supports

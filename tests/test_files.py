@@ -276,7 +276,7 @@ def test_safetensors_opens_every_file(codec: str, path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {
             "format": "semq_state",
-            "format_version": "3",
+            "format_version": "4",
             "model": "tiny llama ✓",
             "state_id": info.state_id,
         }
@@ -577,15 +577,17 @@ def test_failed_read_is_a_store_error(path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(errno.EIO, "Input/output error")
 
     sq.save(state(), path)
-    monkeypatch.setattr(os, "pread", fails)
-    with pytest.raises(StoreError, match="Input/output error") as refusal:
-        sq.load(path)
-    assert str(path) in str(refusal.value)
+    for name in ("preadv", "pread"):
+        monkeypatch.setattr(os, name, fails)
+        with pytest.raises(StoreError, match="Input/output error") as refusal:
+            sq.load(path)
+        assert str(path) in str(refusal.value)
 
 
 def test_file_is_read_without_pread(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sq.save(state(), path)
     monkeypatch.delattr(os, "pread")
+    monkeypatch.delattr(os, "preadv")
     assert_same(sq.load(path), state())
 
 
@@ -593,6 +595,8 @@ def test_short_reads_are_joined(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     sq.save(state(), path)
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda file, n_bytes, at: pread(file, min(n_bytes, 300), at))
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, into, at: preadv(file, [into[0][:300]], at))
     assert_same(sq.load(path), state())
 
 
@@ -605,6 +609,8 @@ def test_file_that_shrinks_while_read_is_refused(path: Path) -> None:
             file.read(900, 200)
         with pytest.raises(StoreError, match="shorter"):
             file.read(5000, 1)
+        with pytest.raises(StoreError, match=r"expected 200 bytes at 900, found 100.*shorter"):
+            file.read_into(900, memoryview(bytearray(200)))
 
 
 # Leftovers of killed writers

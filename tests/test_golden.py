@@ -10,14 +10,18 @@ import torch
 from workers import made
 
 import semq_state as sq
+from semq_state.audit.traces import compare_traces
 from semq_state.generation.trees import put_together
+from semq_state.sketch import symbols_of
 
+LOSSLESS = ("exact", "exact-max", "raw", "exact-predicted", "signed")
 ALL = sorted((Path(__file__).parent / "golden").glob("v*.safetensors"))
-GOLDEN = [path for path in ALL if path.stem.partition("-")[2] in ("exact", "exact-max", "raw", "exact-predicted")]
+GOLDEN = [path for path in ALL if path.stem.partition("-")[2] in LOSSLESS]
 STATE_IDS = {
     "v1": "sha256:8e974fba87f81f07f6ba89d93546d90b66681a19afbd7c99cddcb78980b3d58a",
     "v2": "sha256:1d28bd8c357b09eca898f71a7a377afd4021cabe321cf7d0ad75f72f62b719e4",
     "v3": "sha256:9ec9cd928b2890f6c9ece6178bc886f6957b7bb16b3d5c74002f0a0e775828a6",
+    "v4": "sha256:8932a6be193c452d9d1abb9886e48f5756824d7939b4feaf333a49e7add19057",
 }
 COMPACT = {
     "rotated": "sha256:c5e7753b262d2f7db3bb30d3989cac69278f97f97a429bdf7d697f4c62a3292b",
@@ -26,12 +30,12 @@ COMPACT = {
     "uniform": "sha256:0987e3365702f3272b6b2d958e5ec28531882825c90c9fa08d085c489a34698c",
 }
 PREDICTOR = Path(__file__).parent / "golden" / "predictor-3.safetensors"
-V1, V2, _ = ([path for path in GOLDEN if path.stem.startswith(version)] for version in STATE_IDS)
+V1, V2, _, V4 = ([path for path in GOLDEN if path.stem.startswith(version)] for version in STATE_IDS)
 
 
 def test_there_is_a_file_of_every_version_and_codec() -> None:
     names = {path.stem for path in ALL}
-    new = {f"v3-{codec}" for codec in ("exact-predicted", *COMPACT)}
+    new = {f"v3-{codec}" for codec in ("exact-predicted", *COMPACT)} | {"v4-signed"}
     assert names == {f"{v}-{codec}" for v in STATE_IDS for codec in ("exact", "exact-max", "raw")} | new
 
 
@@ -44,6 +48,22 @@ def test_golden_file_has_its_identity(path: Path, tmp_path: Path) -> None:
     assert sq.inspect(path).as_dict()["format_version"] == int(version[1:])
     # The state is the same, and so its identity, in whatever version it is saved again.
     assert sq.save(snapshot, tmp_path / "again.safetensors").state_id == STATE_IDS[version]
+
+
+@pytest.mark.parametrize("path", V4, ids=lambda path: path.stem)
+def test_golden_file_of_version_4_is_read(path: Path) -> None:
+    trace = sq.load(path).trace
+    assert trace is not None and trace.structure()["begin"] == 4
+    assert trace.tokens.tolist() == [[4, 5, 6], [11, 12, 13]]
+    assert symbols_of(trace.prints[0], trace.rule).tolist()[1] == [12, 1, 3, 2, 10, 2, 1, 3]
+    assert compare_traces(trace, trace).equal
+
+
+def test_golden_signature_still_holds() -> None:
+    pytest.importorskip("securesystemslib")
+    golden = Path(__file__).parent / "golden"
+    found = sq.verify(golden / "v4-signed.safetensors", key=golden / "signer-4.pub")
+    assert found.passed and found.vouched
 
 
 @pytest.mark.parametrize("path", V2, ids=lambda path: path.stem)

@@ -235,7 +235,7 @@ def test_trailing_bytes_are_refused(n_bytes: int, good: dict[str, bytes], path: 
 def free_text(data: bytes) -> set[int]:
     """Offsets of what no digest covers: names and circumstances for people, which prove nothing (FORMAT.md)."""
     shown = {
-        "header": rb'"(format_version":"3","model":"small)"',
+        "header": rb'"(format_version":"4","model":"small)"',
         "codec": rb"\xa5codec\xa5(exact)",
         "writer": rb"\xa6writer.(.*)\Z",
         "attention": rb"\xa9attention\xa4(sdpa)",
@@ -580,7 +580,7 @@ def tokens(n_tokens: int) -> Change:
 
 MANIFEST_LIES: dict[str, tuple[type[SemqStateError], Change]] = {
     # format
-    "newer format": (FormatError, put("manifest", "format_version", value=4)),
+    "newer format": (FormatError, put("manifest", "format_version", value=5)),
     "older format": (FormatError, put("manifest", "format_version", value=0)),
     "format in text": (FormatError, put("manifest", "format_version", value="1")),
     "format a float": (FormatError, put("manifest", "format_version", value=1.0)),
@@ -965,7 +965,7 @@ MANIFEST_BYTES: dict[str, Callable[[bytes], bytes]] = {
     "twice": lambda data: data * 2,
     "unsorted": lambda data: msgpack.packb(dict(reversed(msgpack.unpackb(data).items()))),
     "long length": lambda data: b"\xde\x00" + bytes([data[0] & 15]) + data[1:],
-    "long number": lambda data: data.replace(b"format_version\x03", b"format_version\xcc\x03"),
+    "long number": lambda data: data.replace(b"format_version\x04", b"format_version\xcc\x04"),
     "short float": lambda data: data.replace(b"\xa5top_k\x05", b"\xa5top_k\xca\x40\xa0\x00\x00"),
     "text as bytes": lambda data: data.replace(b"\xa6writer\xb0", b"\xa6writer\xc4\x10"),
     "bytes as key": lambda data: data.replace(b"\x81\xa5top_k\x05", b"\x81\xc4\x05top_k\x05"),

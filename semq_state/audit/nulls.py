@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from semq_state import content
-from semq_state.audit.rerun import Told, recomputed
+from semq_state.audit.rerun import recomputed
 from semq_state.errors import UnsupportedOperationError
 from semq_state.generation.seams import base_model
 from semq_state.snapshot import Snapshot
@@ -54,7 +54,8 @@ def null_runs(
 
 
 def _run(snapshot: Snapshot, model: Any, drawn: random.Random, vary: Collection[str]) -> tuple[str, Snapshot]:
-    words, options = [], {}
+    words: list[str] = []
+    options: dict[str, Any] = {}
     n_tokens = max(1, snapshot.generation.n_cached)
     with contextlib.ExitStack() as stack:
         if "threads" in vary:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from semq_state.capture.recorder import Recorder
 from semq_state.capture.tracing import tracers
@@ -53,7 +55,10 @@ def continued(
     Raises:
         ModelMismatchError, UnsupportedOperationError, IncompleteStateError: as `restore`.
     """
-    resumed = restore(start, model, allow=allow)
+    with warnings.catch_warnings():
+        # Circumstances are the caller's to tell.
+        warnings.simplefilter("ignore")
+        resumed = restore(start, model, allow=allow)
     traces = start.trace is not None
     return _followed(model, start, n_tokens, lambda: resumed.generate(**(given or {})), told, traces=traces)
 
@@ -84,7 +89,8 @@ def recomputed(
     state = snapshot.generation
     require_known_inputs(snapshot, model)
     generator = _generator(model, state.generator)
-    n_fed = max(1, state.n_cached)
+    # Without a cache every step reads all tokens again.
+    n_fed = max(1, state.n_cached if snapshot.cache.all_layers() else snapshot.n_tokens - 1)
     # One more token is chosen than is in the cache, as in every loop; where the last is in, it is any.
     n_end = n_fed + 1
     n_first = min(state.prompt_length, n_fed) if in_steps else n_fed
@@ -93,8 +99,9 @@ def recomputed(
     config.update(
         do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=None, min_new_tokens=None,
         min_length=None, max_length=n_end + 1, max_time=None, stop_strings=None, eos_token_id=None,
-        prompt_lookup_num_tokens=None, return_dict_in_generate=False, prefill_chunk_size=chunk,
-        guidance_scale=None, use_cache=True if not state.config else state.config.get("use_cache"),
+        prompt_lookup_num_tokens=None, return_dict_in_generate=False, guidance_scale=None,
+        prefill_chunk_size=config.prefill_chunk_size if in_steps else chunk,
+        use_cache=True if not state.config else state.config.get("use_cache"),
     )  # fmt: skip
     inputs = _inputs(snapshot, generator, n_first)
     if neighbours is not None:
@@ -123,8 +130,7 @@ def _followed(
 
     tracer = tracers({"": generator})[""] if traces and snapshot.trace is not None else None
     recorder = Recorder(generator, on_step, tells=False, tracer=tracer)
-    with warnings.catch_warnings(), replaced(generator, recorder.replacements()), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with _quiet(), replaced(generator, recorder.replacements()), torch.no_grad():
         try:
             if tracer:
                 with tracer.listening():
@@ -134,6 +140,19 @@ def _followed(
         except _Enough:
             pass
     return recorder.snapshot(snapshot.provenance, path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Remarks on how tokens are given and settings set are about the recorded run, not about this one."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 class _Forced:
@@ -173,13 +192,16 @@ def _inputs(snapshot: Snapshot, model: Any, n_tokens: int) -> dict[str, Any]:
     inputs = put_together(tensors, state.step_values)
     ids = state.input_ids[:, :n_tokens].to(model.device)
     if model.config.is_encoder_decoder:
-        given = {name: inputs[name] for name in ("encoder_outputs", "attention_mask") if name in inputs}
+        names: tuple[str, ...] = ("encoder_outputs", "attention_mask")
+        given = {name: inputs[name] for name in names if name in inputs}
         return {**given, "decoder_input_ids": ids}
     mask = inputs.get("attention_mask")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask[:, :n_tokens]}
 
 
-def _beside(inputs: dict[str, Any], ids: torch.Tensor, neighbours: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+def _beside(
+    inputs: dict[str, Any], ids: torch.Tensor, neighbours: torch.Tensor
+) -> tuple[dict[str, Any], torch.Tensor]:
     """The same with more rows in the batch."""
     if "input_ids" not in inputs:
         raise UnsupportedOperationError(
@@ -209,7 +231,8 @@ def require_known_inputs(snapshot: Snapshot, model: Any) -> None:
     elif n_known(snapshot) != snapshot.n_tokens and state.n_cached != snapshot.n_tokens:
         found = "tokens in the cache that it does not name"
     elif state.attributes or inputs - expected:
-        found = f"inputs that were used up or are not text ({', '.join(sorted({*state.attributes, *inputs} - expected))})"
+        names = ", ".join(sorted({*state.attributes, *inputs} - expected))
+        found = f"inputs that were used up or are not text ({names})"
     elif state.generator:
         found = "a part of a model, whose inputs the whole had made"
     if found:

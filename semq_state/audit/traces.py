@@ -25,8 +25,8 @@ class TraceDiff:
         begin: tokens of each row before the first one that both trace.
         n_units: symbols of a print, its norm included.
         hamming: symbols that differ, `(batch, n)`.
-        logits: the largest difference among the logits that both traces list, `(batch, n)`; infinite where they have
-            no id in common.
+        logits: the largest difference among the logits that both list, `(batch, n)`; infinite where they have no id
+            in common.
         tokens: whether the chosen tokens differ, `(batch, n)`.
     """
 
@@ -96,7 +96,8 @@ def _part(trace: Trace, begin: int, end: int) -> Trace:
     assert cropped is not None
     n = end - begin
     names = ("tokens", "top_ids", "top_logits", "norms", "prints")
-    return Trace(begin, *(getattr(cropped, name)[:, -n:] for name in names), trace.rule, trace.rng)
+    part = {name: getattr(cropped, name)[:, -n:] for name in names}
+    return Trace(begin=begin, rule=trace.rule, rng=trace.rng, **part)
 
 
 def _logits(a: Trace, b: Trace) -> NDArray[np.float32]:

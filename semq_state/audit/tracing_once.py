@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def traced_at_once(snapshot: Snapshot, model: Any, *, told: Told | None = None) 
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache, parts = None, []
     bounds = [0, *range(begin - 1, end - 1, _PIECE), end - 1]
-    for at, to in zip(bounds, bounds[1:], strict=False):
+    for at, to in itertools.pairwise(bounds):
         if at == to:
             continue
         inputs = {
@@ -68,7 +69,9 @@ def traced_at_once(snapshot: Snapshot, model: Any, *, told: Told | None = None) 
         if to >= begin:
             hidden = tracer.heard()
             n = min(to - at, hidden.shape[1])
-            parts.append((outputs.logits[:, -n:].float().topk(min(TOP_K, outputs.logits.shape[-1])), hidden[:, -n:]))
+            parts.append(
+                (outputs.logits[:, -n:].float().topk(min(TOP_K, outputs.logits.shape[-1])), hidden[:, -n:])
+            )
         if told:
             told(to)
     return _trace(snapshot, parts, ids[:, begin:end].cpu())

@@ -18,6 +18,7 @@ from semq_state.errors import IncompleteStateError, SemqStateError
 from semq_state.fingerprint import MODES, WeightsMark, fingerprint, mark_weights
 from semq_state.generation.seams import base_model, generators, replaced
 from semq_state.provenance import Provenance
+from semq_state.sealing import SealTo, check_keys
 from semq_state.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Capture:
         weights: str = "full",
         checkpoints: int | Collection[int] = (),
         trace: bool = False,
+        seal: SealTo | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"`every` must be at least 1 token, got {every}")
@@ -52,6 +54,7 @@ class Capture:
         self._autosave = Path(autosave) if autosave is not None else None
         self._every = every
         self._codec = codec
+        self._seal = seal
         self._weights = weights
         self._stack = contextlib.ExitStack()
         self._recorders: dict[str, Recorder] = {}
@@ -66,6 +69,8 @@ class Capture:
             raise RuntimeError("this capture was entered before; make a new one with sq.capture(model)")
         if self._autosave is not None:
             stores.check_writable(self._autosave)
+        if self._seal is not None:
+            check_keys(self._seal)
         from semq_state.capture.recorder import Recorder
         from semq_state.capture.tracing import tracers
 
@@ -167,7 +172,7 @@ class Capture:
 
     def _save(self) -> None:
         assert self._autosave is not None
-        files.save(self.snapshot(), self._autosave, codec=self._codec)
+        files.save(self.snapshot(), self._autosave, codec=self._codec, seal=self._seal)
         self._n_saved += 1
         self._n_unsaved = 0
 
@@ -182,6 +187,7 @@ def capture(
     weights: str = "full",
     checkpoints: int | Collection[int] = (),
     trace: bool = False,
+    seal: SealTo | None = None,
 ) -> Capture:
     """Records what the next step of `model.generate` needs, without changing what generate returns.
 
@@ -200,13 +206,16 @@ def capture(
         trace: keep evidence of each generated token (`Snapshot.trace`, less than 300 bytes of a row's token), so
             that the run can be replayed cheaply later, and a checkpoint at the first token, from which it can be
             replayed bit for bit. For loops that choose one token of each row at a time.
+        seal: what autosave encrypts to; see `save`. A passphrase costs half a second at each save, other keys
+            nothing.
 
     Returns:
         The capture, to be used in a `with`.
 
     Raises:
         UnsupportedModelError: the model cannot be captured.
-        StoreError: the autosave folder cannot be written to.
+        StoreError: the autosave folder cannot be written to, or a key file is missing.
+        DecryptionError: a key file to seal to is none.
 
     Example:
         >>> with sq.capture(model, tokenizer=tokenizer) as run:  # doctest: +SKIP
@@ -222,6 +231,7 @@ def capture(
         weights=weights,
         checkpoints=checkpoints,
         trace=trace,
+        seal=seal,
     )
 
 

@@ -68,7 +68,7 @@ class Tracer:
 
     @contextlib.contextmanager
     def listening(self, *, whole: bool = False) -> Iterator[None]:
-        """Hears the last hidden state of each forward pass within the `with`, or with `whole` those of all tokens."""
+        """Hears the last hidden state of each forward pass in the `with`, or with `whole` those of all tokens."""
 
         def hear(module: Any, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], torch.Tensor):

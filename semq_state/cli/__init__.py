@@ -7,12 +7,20 @@ import sys
 import typer
 
 from semq_state.cli.calibrate import calibrate
+from semq_state.cli.check_signature import check_signature
 from semq_state.cli.convert import convert
 from semq_state.cli.demo import demo
+from semq_state.cli.diff import diff
 from semq_state.cli.doctor import doctor
+from semq_state.cli.floor import floor
 from semq_state.cli.inspect import inspect
+from semq_state.cli.keys import keygen
+from semq_state.cli.replay import replay
 from semq_state.cli.resume import resume
 from semq_state.cli.run import run
+from semq_state.cli.seal import seal
+from semq_state.cli.sign import sign
+from semq_state.cli.unseal import unseal
 from semq_state.cli.verify import verify
 from semq_state.errors import SemqStateError
 
@@ -24,7 +32,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (run, resume, inspect, verify, convert, calibrate, doctor, demo):
+for command in (
+    *(run, resume, inspect, verify, sign, check_signature, diff, floor, replay),
+    *(convert, calibrate, seal, unseal, keygen, doctor, demo),
+):
     app.command()(command)
 
 

@@ -11,6 +11,15 @@ import semq_state as sq
 from semq_state.cli.generating import CalibrationFile, Codec, Json
 from semq_state.cli.progress import bytes_bar
 from semq_state.cli.showing import show_info
+from semq_state.cli.unlocking import (
+    KeyFiles,
+    PassphraseFile,
+    PrivateKeys,
+    SealPassphraseFile,
+    SealTo,
+    seal_of,
+    unlock_of,
+)
 
 
 def convert(
@@ -19,11 +28,18 @@ def convert(
     codec: Codec = "compact",
     calibration: CalibrationFile = None,
     embed_calibration: Annotated[bool, typer.Option(help="Carry the calibration along.")] = False,
+    passphrase_file: PassphraseFile = None,
+    key_file: KeyFiles = None,
+    private_key: PrivateKeys = None,
+    seal_to: SealTo = None,
+    seal_passphrase_file: SealPassphraseFile = None,
     as_json: Json = False,
 ) -> None:
-    """Writes a snapshot again under another codec, and says what that cost."""
+    """Writes a snapshot again under another codec, and says what that cost. A sealed one is written plain, unless
+    told to whom to seal it again."""
+    unlock, seal = unlock_of(passphrase_file, key_file, private_key), seal_of(seal_to, seal_passphrase_file)
     with bytes_bar(f"loading {file.name}") as progress:
-        snapshot = sq.load(file, calibration=calibration, progress=progress)
+        snapshot = sq.load(file, calibration=calibration, unlock=unlock, progress=progress)
     with bytes_bar(f"saving {out.name}") as progress:
         info = sq.save(
             snapshot,
@@ -31,6 +47,7 @@ def convert(
             codec=codec,
             calibration=calibration,
             embed_calibration=embed_calibration,
+            seal=seal,
             progress=progress,
         )
     show_info(info, as_json=as_json)

@@ -45,11 +45,19 @@ def save(snapshot: sq.Snapshot, path: Path, codec: str) -> None:
 
 
 def report(
-    tokens: Any, tokenizer: Any, prompt_length: int, path: Path | None, *, as_json: bool, **more: Any
+    tokens: Any,
+    tokenizer: Any,
+    prompt_length: int,
+    path: Path | None,
+    *,
+    as_json: bool,
+    sealed: bool = False,
+    **more: Any,
 ) -> None:
-    """Prints what came out, and where its state is."""
+    """Prints what came out, and where its state is. What was sealed to others cannot be read again here."""
     row = tokens[0].tolist()
-    info = sq.inspect(path) if path is not None and path.exists() else None
+    is_there = path is not None and path.exists()
+    info = sq.inspect(path) if path is not None and is_there and not sealed else None
     if as_json:
         answer = {
             "text": tokenizer.decode(row[prompt_length:], skip_special_tokens=True),
@@ -57,11 +65,14 @@ def report(
             "prompt_length": prompt_length,
             **more,
             "file": str(path) if path else None,
+            "sealed": sealed and is_there,
             "state_id": info.state_id if info else None,
             "n_bytes": info.n_bytes if info else None,
         }
         print(json.dumps(answer, indent=2))
         return
+    if sealed and is_there:
+        print(f"\nsealed state in {path}; go on with: semq-state resume {path} and the key", file=sys.stderr)
     if info is not None:
         print(
             f"\nstate after {info.n_tokens} tokens in {path} ({info.n_bytes / 1e6:.1f} MB); "

@@ -10,15 +10,19 @@ import typer
 import semq_state as sq
 from semq_state.cli.generating import Json
 from semq_state.cli.showing import show_info
+from semq_state.cli.unlocking import KeyFiles, PassphraseFile, PrivateKeys, unlock_of
 
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="A snapshot.")],
     tensors: Annotated[bool, typer.Option(help="List every tensor too.")] = False,
+    passphrase_file: PassphraseFile = None,
+    key_file: KeyFiles = None,
+    private_key: PrivateKeys = None,
     as_json: Json = False,
 ) -> None:
     """Shows header and manifest; reads no tensors and proves nothing: `verify` does."""
-    info = sq.inspect(file)
+    info = sq.inspect(file, unlock=unlock_of(passphrase_file, key_file, private_key))
     show_info(info, as_json=as_json)
     if as_json:
         return

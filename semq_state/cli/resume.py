@@ -11,6 +11,15 @@ import semq_state as sq
 from semq_state.cli import generating
 from semq_state.cli.generating import CalibrationFile, Codec, Device, Dtype, Every, Json, Seed
 from semq_state.cli.progress import bytes_bar
+from semq_state.cli.unlocking import (
+    KeyFiles,
+    PassphraseFile,
+    PrivateKeys,
+    SealPassphraseFile,
+    SealTo,
+    seal_of,
+    unlock_of,
+)
 
 
 def resume(
@@ -28,14 +37,20 @@ def resume(
     allow: Annotated[list[str] | None, typer.Option(help="Accept a difference by name, `weights` say.")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    passphrase_file: PassphraseFile = None,
+    key_file: KeyFiles = None,
+    private_key: PrivateKeys = None,
+    seal_to: SealTo = None,
+    seal_passphrase_file: SealPassphraseFile = None,
     as_json: Json = False,
 ) -> None:
     """Goes on generating from a snapshot, as if never interrupted. Refuses another model than the one that
     made it."""
     from semq_state.cli.models import load_model
 
+    unlock, seal = unlock_of(passphrase_file, key_file, private_key), seal_of(seal_to, seal_passphrase_file)
     with bytes_bar(f"loading {file.name}") as progress:
-        snapshot = sq.load(file, calibration=calibration, progress=progress)
+        snapshot = sq.load(file, calibration=calibration, unlock=unlock, progress=progress)
     live, tokenizer = load_model(model, dtype=dtype, device=device)
     resumed = sq.restore(snapshot, live, tokenizer=tokenizer, allow=tuple(allow or ()))
     options: dict[str, Any] = {} if tokens is None else {"max_new_tokens": tokens}
@@ -45,9 +60,17 @@ def resume(
     try:
         with (
             generating.streamer(tokenizer, planned, as_json=as_json, with_prompt=True) as shown,
-            sq.capture(live, tokenizer=tokenizer, autosave=save, every=every, codec=codec),
+            sq.capture(live, tokenizer=tokenizer, autosave=save, every=every, codec=codec, seal=seal),
         ):
             out = resumed.generate(seed=seed, streamer=shown, **options)
     except KeyboardInterrupt:
         raise generating.interrupted(save) from None
-    generating.report(out, tokenizer, snapshot.n_tokens, save, as_json=as_json, reused_tokens=resumed.reused_tokens)
+    generating.report(
+        out,
+        tokenizer,
+        snapshot.n_tokens,
+        save,
+        as_json=as_json,
+        sealed=seal is not None,
+        reused_tokens=resumed.reused_tokens,
+    )

@@ -10,6 +10,7 @@ import typer
 import semq_state as sq
 from semq_state.cli import generating
 from semq_state.cli.generating import Codec, Device, Dtype, Every, Json
+from semq_state.cli.unlocking import SealPassphraseFile, SealTo, seal_of
 
 
 def run(
@@ -29,6 +30,8 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Seed of the random stream.")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    seal_to: SealTo = None,
+    seal_passphrase_file: SealPassphraseFile = None,
     as_json: Json = False,
 ) -> None:
     """Generates from a prompt. With --save the newest state is always on disk, whatever happens."""
@@ -36,6 +39,7 @@ def run(
 
     from semq_state.cli.models import load_model
 
+    seal = seal_of(seal_to, seal_passphrase_file)
     text = prompt_file.read_text(encoding="utf-8") if prompt_file else prompt
     if not text:
         raise typer.BadParameter("give --prompt or --prompt-file")
@@ -51,14 +55,14 @@ def run(
     try:
         with (
             generating.streamer(tokenizer, tokens, as_json=as_json) as shown,
-            sq.capture(live, tokenizer=tokenizer, autosave=save, every=every, codec=codec),
+            sq.capture(live, tokenizer=tokenizer, autosave=save, every=every, codec=codec, seal=seal),
         ):
             out = live.generate(**inputs, streamer=shown, **options)
     except KeyboardInterrupt:
         raise generating.interrupted(save) from None
     # A decoder beside an encoder starts from one token of its own.
     n_prompt = 1 if live.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    generating.report(out, tokenizer, n_prompt, save, as_json=as_json)
+    generating.report(out, tokenizer, n_prompt, save, as_json=as_json, sealed=seal is not None)
 
 
 def _encoded(tokenizer: Any, text: str, chat: bool) -> Any:

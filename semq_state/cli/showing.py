@@ -26,7 +26,8 @@ def _summary(info: SnapshotInfo) -> dict[str, str]:
         "state_id": info.state_id,
         "tokens": f"{info.n_tokens} ({said['prompt_length']} of them the prompt), batch of {said['batch_size']}",
         "cache": f"{said['n_layers']} layers ({', '.join(said['families'])}), {said['n_cached']} tokens cached",
-        "size": f"{info.n_bytes:,} bytes as {info.codec}, {said['ratio']:.3f} times smaller than raw",
+        "size": f"{info.n_bytes:,} bytes as {info.codec}, {said['ratio']:.3f} times smaller than raw"
+        + (", sealed" if info.sealed else ""),
         **(_coding(coding) if coding else {}),
         "model": f"{made_by['model_name']}, {made_by['dtype']}, {made_by['attention']} attention",
         "weights": made_by["weights"],

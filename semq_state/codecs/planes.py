@@ -22,7 +22,7 @@ from semq_state.errors import IntegrityError
 
 LAYOUTS = ("token", "channel")
 
-_BLOCK = 1 << 16  # values joined at a time, so that a block stays in the cache
+_BLOCK = 1 << 18  # values joined at a time, so that a block stays in the cache
 _SAMPLE = 16  # slices that decide whether a plane is worth coding
 _SLICE = 8 << 10
 
@@ -134,10 +134,9 @@ def _join(planes: list[Bytes], out: Bytes) -> None:
     if len(planes) == 2 and planes[0].ndim == planes[1].ndim == 1:
         values = out.view("<u2")
         for at in range(0, len(values), _BLOCK):
-            block = slice(at, at + _BLOCK)
-            joined = planes[0][block].astype(np.uint16)
-            joined <<= 8
-            np.bitwise_or(joined, planes[1][block], out=values[block])
+            block, joined = slice(at, at + _BLOCK), values[at : at + _BLOCK]
+            np.multiply(planes[0][block], 256, out=joined, dtype=np.uint16)
+            np.bitwise_or(joined, planes[1][block], out=joined)
     else:
         for i, plane in enumerate(reversed(planes)):
             out.reshape(*plane.shape, len(planes))[..., i] = plane

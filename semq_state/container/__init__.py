@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from semq_state.container.header import MANIFEST as MANIFEST
+from semq_state.container.header import MAX_SIGNATURE_BYTES as MAX_SIGNATURE_BYTES
+from semq_state.container.header import SIGNATURE as SIGNATURE
 from semq_state.container.header import Header as Header
 from semq_state.container.header import Section as Section
 from semq_state.container.header import read_header as read_header
@@ -17,4 +19,7 @@ from semq_state.container.manifest import Manifest as Manifest
 from semq_state.container.manifest import SectionEntry as SectionEntry
 from semq_state.container.manifest import TensorEntry as TensorEntry
 from semq_state.container.manifest import read_manifest as read_manifest
+from semq_state.container.manifest import unpacked as unpacked
+from semq_state.container.writer import PlainSink as PlainSink
 from semq_state.container.writer import SectionWriter as SectionWriter
+from semq_state.container.writer import Sink as Sink

@@ -20,6 +20,11 @@ from semq_state.errors import FormatError
 MANIFEST = "manifest"
 """The section that describes all others."""
 
+SIGNATURE = "signature"
+"""The section, the last one, that vouches for all before it; since format version 4."""
+
+MAX_SIGNATURE_BYTES = 1 << 20
+
 MAX_HEADER_BYTES = 16 << 20
 
 _WIDEST = 10**15  # offsets never get longer than this; it sets the space reserved for the header

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgpack
 
 from semq_state import content
-from semq_state.container.header import MANIFEST, Header, shown
+from semq_state.container.header import MANIFEST, MAX_SIGNATURE_BYTES, SIGNATURE, Header, shown
 from semq_state.container.joint import JointEntry, all_sections, joint_of
 from semq_state.content import DTYPES, TensorSpec
 from semq_state.errors import FormatError, IntegrityError
@@ -100,7 +100,7 @@ def read_manifest(data: bytes, header: Header, where: str) -> Manifest:
     """
     check = Check(where)
     try:
-        raw = _unpacked(data)
+        raw = unpacked(data)
         canonical = content.pack(raw) == data
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise check.refused("a manifest in msgpack", f"{type(error).__name__}: {error}") from error
@@ -149,7 +149,12 @@ def read_manifest(data: bytes, header: Header, where: str) -> Manifest:
     return manifest
 
 
-def _unpacked(data: bytes) -> Any:
+def unpacked(data: bytes) -> Any:
+    """Plain values from untrusted msgpack, in memory that its length bounds.
+
+    Raises:
+        ValueError, TypeError, RecursionError, msgpack.UnpackException: it is none, or holds other values.
+    """
     # A list takes memory as its length claims, before its items are read; skipping proves that they are there.
     unpacker = msgpack.Unpacker(max_buffer_size=max(1, len(data)))
     unpacker.feed(data)
@@ -218,6 +223,9 @@ def _hold_against_header(manifest: Manifest, header: Header, check: Check) -> No
         used.append(section.section)
         if section.section not in header.sections:
             raise check.broken(f"section {shown(section.section)} for {shown(joint.names)}", "none")
+    if manifest.format_version > 3 and SIGNATURE in header.sections:
+        _check_signature(header, check)
+        used.append(SIGNATURE)
     if sorted(used) != sorted(header.sections):
         raise check.broken(
             "every section named once by the manifest",
@@ -226,6 +234,16 @@ def _hold_against_header(manifest: Manifest, header: Header, check: Check) -> No
     said = header.metadata.get("state_id")
     if said != manifest.state_id:
         raise check.broken(f"state_id {shown(manifest.state_id)} in the header", shown(said))
+
+
+def _check_signature(header: Header, check: Check) -> None:
+    """Holds the rules of the one section that the manifest does not name; what is in it, `audit` knows."""
+    section = header.sections[SIGNATURE]
+    last = list(header.sections)[-1]
+    if section.spec.dtype != "U8" or len(section.spec.shape) != 1 or not 0 < section.n_bytes <= MAX_SIGNATURE_BYTES:
+        raise check.refused(f"a signature of at most {MAX_SIGNATURE_BYTES} bytes, U8", str(section.spec))
+    if last != SIGNATURE:
+        raise check.refused("the signature as the last section", shown(last))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class SnapshotInfo:
         cache_bytes: size of its cache tensors before coding.
         codec: the preset or codec that it was saved with.
         manifest: everything else.
+        sealed: whether the file is encrypted.
     """
 
     path: str
@@ -29,6 +30,7 @@ class SnapshotInfo:
     cache_bytes: int
     codec: str
     manifest: Manifest
+    sealed: bool = False
 
     @property
     def state_id(self) -> str:
@@ -57,6 +59,7 @@ class SnapshotInfo:
             "format_version": self.manifest.format_version,
             "writer": self.manifest.writer,
             "codec": self.codec,
+            "sealed": self.sealed,
             "state_id": self.state_id,
             "content_digest": self.manifest.content_digest,
             "batch_size": tensors["generation.input_ids"].spec.shape[0],

@@ -19,10 +19,10 @@ from semq_state.calibration import Predictor
 from semq_state.codecs import predicted
 from semq_state.codecs.residual import Words
 from semq_state.container import JointEntry, JointSection, Manifest
-from semq_state.errors import CalibrationError, IntegrityError, SemqStateError, UnknownCodecError
+from semq_state.errors import CalibrationError, DecryptionError, IntegrityError, SemqStateError, UnknownCodecError
 from semq_state.files.opening import section_in, told_from
 from semq_state.files.pipeline import in_order
-from semq_state.stores import LocalFile
+from semq_state.stores import ReadableFile
 
 Find: TypeAlias = Callable[[str], Predictor]
 """From a digest to the predictor."""
@@ -64,7 +64,7 @@ class Chunk:
     failures: Mapping[str, SemqStateError]
 
 
-def chunks(file: LocalFile, header: container.Header, manifest: Manifest, find: Find) -> Iterator[Chunk]:
+def chunks(file: ReadableFile, header: container.Header, manifest: Manifest, find: Find) -> Iterator[Chunk]:
     """Every chunk of the joint tensors, decoded on all cores, with digests compared."""
     read = partial(_read, file, header, manifest, find)
     jobs = container.all_sections(manifest.joint)
@@ -117,11 +117,18 @@ def _put_together(
 
 
 def _read(
-    file: LocalFile, header: container.Header, manifest: Manifest, find: Find, job: tuple[JointEntry, JointSection]
+    file: ReadableFile,
+    header: container.Header,
+    manifest: Manifest,
+    find: Find,
+    job: tuple[JointEntry, JointSection],
 ) -> Sequence[Words] | SemqStateError:
     entry, told = job
     where, section = section_in(str(file.path), told.section), header.sections[told.section]
-    payload = np.frombuffer(file.read(header.data_start + section.begin, section.n_bytes), np.uint8)
+    try:
+        payload = np.frombuffer(file.read(header.data_start + section.begin, section.n_bytes), np.uint8)
+    except DecryptionError as error:
+        return error
     digest = content.digest(payload)
     if digest != told.digest:
         do = "the section was changed or damaged"

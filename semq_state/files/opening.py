@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -12,11 +13,12 @@ from semq_state import container, content
 from semq_state.codecs import MAX_EXPANSION
 from semq_state.container import EMBEDDED, MANIFEST, Manifest
 from semq_state.content import TensorSpec
-from semq_state.errors import FormatError, IncompleteStateError, IntegrityError, SemqStateError
+from semq_state.errors import DecryptionError, FormatError, IncompleteStateError, IntegrityError, SemqStateError
 from semq_state.files.forms import groups_of, without_groups
 from semq_state.provenance import Provenance
+from semq_state.sealing import SealedFile, Unlock, is_sealed
 from semq_state.snapshot import Coding, Snapshot, assemble
-from semq_state.stores import LocalFile
+from semq_state.stores import LocalFile, ReadableFile
 from semq_state.symbolic import prefix_of
 
 _PROVENANCE: Mapping[str, tuple[type, ...]] = {
@@ -40,9 +42,40 @@ MAX_CODED_EXPANSION = 1024
 """Coded tensors take at most so many times the size of their file."""
 
 
-def opened(file: LocalFile) -> tuple[container.Header, Manifest]:
+@contextlib.contextmanager
+def open_snapshot(
+    path: str | os.PathLike[str], unlock: Unlock | None = None
+) -> Iterator[tuple[ReadableFile, container.Header, Manifest]]:
+    """A snapshot file, plain or sealed, with its header and manifest; from here on both read alike.
+
+    Args:
+        path: the file.
+        unlock: what opens it where it is sealed; not asked for where it is plain.
+
+    Raises:
+        StoreError: there is no such file.
+        FormatError, IncompleteStateError: it is not a snapshot, or a damaged one.
+        DecryptionError: it is sealed, and no key was given or none opens it, or it was changed.
+    """
+    with LocalFile(path) as local:
+        file: ReadableFile = local
+        header = container.read_header(file.read, file.size, str(path))
+        if is_sealed(header):
+            file = SealedFile(local, header, unlock)
+            header = container.read_header(file.read, file.size, str(path))
+        manifest = _manifest_of(file, header)
+        if isinstance(file, SealedFile) and file.state_id != manifest.state_id:
+            raise DecryptionError(
+                str(path),
+                expected=f"sections of {manifest.state_id}",
+                found=f"a seal of {container.shown(file.state_id)}",
+                do="no writer makes such a file; do not trust it",
+            )
+        yield file, header, manifest
+
+
+def _manifest_of(file: ReadableFile, header: container.Header) -> Manifest:
     where = str(file.path)
-    header = container.read_header(file.read, file.size, where)
     section = header.sections.get(MANIFEST)
     if header.metadata.get("format") != "semq_state" or section is None or not _is_coded(section):
         raise FormatError(
@@ -68,7 +101,7 @@ def opened(file: LocalFile) -> tuple[container.Header, Manifest]:
             found=found,
             do="the provenance was changed",
         )
-    return header, manifest
+    return manifest
 
 
 def assembled(manifest: Manifest, tensors: dict[str, torch.Tensor], where: str) -> Snapshot:

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,14 +16,22 @@ from semq_state import codecs, container, content
 from semq_state.calibration import Calibration, Predictor
 from semq_state.container import Manifest
 from semq_state.content import DTYPES, Bytes, TensorSpec
-from semq_state.errors import CalibrationError, FormatError, IntegrityError, SemqStateError, UnknownCodecError
+from semq_state.errors import (
+    CalibrationError,
+    DecryptionError,
+    FormatError,
+    IntegrityError,
+    SemqStateError,
+    UnknownCodecError,
+)
 from semq_state.files import joint_reading
 from semq_state.files.forms import decoded, embedded_calibration
 from semq_state.files.info import SnapshotInfo
-from semq_state.files.opening import assembled, is_coded, opened, section_in, specs_of, told_from
-from semq_state.files.pipeline import Job, Progress, counter, in_order
+from semq_state.files.opening import assembled, is_coded, open_snapshot, section_in, specs_of, told_from
+from semq_state.files.pipeline import Job, Progress, Scratch, counter, in_order
+from semq_state.sealing import SealedFile, Unlock
 from semq_state.snapshot import Snapshot
-from semq_state.stores import LocalFile
+from semq_state.stores import ReadableFile
 
 
 def load(
@@ -30,6 +39,7 @@ def load(
     *,
     calibration: Calibration | str | os.PathLike[str] | None = None,
     predictor: Predictor | str | os.PathLike[str] | None = None,
+    unlock: Unlock | None = None,
     progress: Progress | None = None,
 ) -> Snapshot:
     """Reads a snapshot back, every digest checked.
@@ -43,6 +53,8 @@ def load(
             carries along, or that the cache folder has.
         predictor: the predictor that an `exact-predicted` file refers to, or its file; by default the one that the
             cache folder has.
+        unlock: what opens a sealed file: a `Passphrase`, `KeyFile` or `PrivateKey` of `semq_state.sealing`, or
+            several to try. Plain files need none.
         progress: called with the bytes done and the bytes in all.
 
     Returns:
@@ -54,12 +66,12 @@ def load(
         IntegrityError: it was damaged or changed.
         IncompleteStateError: a tensor is missing.
         CalibrationError: the calibration or predictor that the file refers to is not there; the message names it.
+        DecryptionError: it is sealed, and no key was given or none opens it, or a section was changed.
 
     Example:
         >>> snapshot = sq.load("chat.safetensors")  # doctest: +SKIP
     """
-    with LocalFile(path) as file:
-        header, manifest = opened(file)
+    with open_snapshot(path, unlock) as (file, header, manifest):
         specs = {name: entry.spec for name, entry in manifest.tensors.items()}
         advance = counter(progress, sum(spec.n_bytes for spec in specs.values()))
         tensors: dict[str, torch.Tensor] = {}
@@ -117,48 +129,50 @@ def _decoded(
         return decoded(manifest.structure, tensors, calibration)
 
 
-def inspect(path: str | os.PathLike[str]) -> SnapshotInfo:
+def inspect(path: str | os.PathLike[str], *, unlock: Unlock | None = None) -> SnapshotInfo:
     """What a file says about itself: header and manifest, no tensors. `verify` proves it.
+
+    Args:
+        path: the file.
+        unlock: what opens it where it is sealed; see `load`.
 
     Raises:
         StoreError: there is no such file.
         FormatError: it is not a snapshot, or a newer one.
+        DecryptionError: it is sealed, and no key was given or none opens it, or it was changed.
 
     Example:
         >>> sq.inspect("chat.safetensors").n_tokens  # doctest: +SKIP
     """
-    with LocalFile(path) as file:
-        _, manifest = opened(file)
+    with open_snapshot(path, unlock) as (file, _, manifest):
         sizes = {name: spec.n_bytes for name, spec in specs_of(manifest).items()}
         cached = sum(n for name, n in sizes.items() if not name.startswith(("generation.", "checkpoints.")))
-        return SnapshotInfo(str(path), file.size, sum(sizes.values()), cached, manifest.codec, manifest)
-
-
-def check_sections(
-    path: str | os.PathLike[str], *, progress: Progress | None = None
-) -> tuple[Manifest, dict[str, SemqStateError]]:
-    """Decodes every section and compares its digests, keeping none; returns what failed, by section.
-
-    Raises:
-        StoreError, FormatError, IncompleteStateError: header or manifest cannot be read at all.
-    """
-    with LocalFile(path) as file:
-        header, manifest = opened(file)
-        advance = counter(progress, sum(t.spec.n_bytes for t in manifest.tensors.values()))
-        return manifest, failures_of(file, header, manifest, None, advance)
+        n_bytes, raw = Path(path).stat().st_size, sum(sizes.values())
+        return SnapshotInfo(str(path), n_bytes, raw, cached, manifest.codec, manifest, isinstance(file, SealedFile))
 
 
 def failures_of(
-    file: LocalFile,
+    file: ReadableFile,
     header: container.Header,
     manifest: Manifest,
-    predictor: Predictor | None,
+    predictor: Predictor | str | os.PathLike[str] | None,
     advance: Callable[[int], None],
 ) -> dict[str, SemqStateError]:
+    """Decodes every section and compares its digests, keeping none; what failed, by section.
+
+    Args:
+        file: the file.
+        header: its header.
+        manifest: its manifest.
+        predictor: as for `load`.
+        advance: called with the bytes of each section that is done.
+    """
+    scratch = Scratch()
+
     def tried(job: Job) -> int | SemqStateError:
         try:
-            return len(read_section(file, header, manifest, job))
-        except (FormatError, UnknownCodecError) as error:
+            return len(read_section(file, header, manifest, job, scratch))
+        except (FormatError, UnknownCodecError, DecryptionError) as error:
             return error
 
     failures: dict[str, SemqStateError] = {}
@@ -183,14 +197,28 @@ def jobs(manifest: Manifest) -> Iterator[Job]:
             yield Job(name, entry.section, entry.start, entry.stop)
 
 
-def read_section(file: LocalFile, header: container.Header, manifest: Manifest, job: Job) -> Bytes:
-    """The canonical bytes of one section, decoded, with their digests compared."""
+def read_section(
+    file: ReadableFile, header: container.Header, manifest: Manifest, job: Job, scratch: Scratch | None = None
+) -> Bytes:
+    """The canonical bytes of one section, decoded, with their digests compared.
+
+    Args:
+        file: the file.
+        header: its header.
+        manifest: its manifest.
+        job: the section.
+        scratch: where the bytes may stand until the next call, for callers that keep none of them.
+    """
     tensor = manifest.tensors[job.tensor]
     entry = next(s for s in tensor.sections if s.section == job.section)
     spec, section = tensor.spec.chunk(job.start, job.stop), header.sections[job.section]
     where = section_in(str(file.path), job.section)
-    payload = np.frombuffer(file.read(header.data_start + section.begin, section.n_bytes), np.uint8)
-    out = np.empty(spec.n_bytes, np.uint8)
+    payload = scratch.take("payload", section.n_bytes) if scratch else np.empty(section.n_bytes, np.uint8)
+    file.read_into(header.data_start + section.begin, payload.data)
+    if section.spec == spec and entry.codec == "raw":
+        out = payload  # plain bytes are decoded where they stand
+    else:
+        out = scratch.take("out", spec.n_bytes) if scratch else np.empty(spec.n_bytes, np.uint8)
     with told_from(where):
         codecs.decoder(entry.codec).decode(payload, entry.params, spec, out)
     chunks = tensor.spec.chunks()

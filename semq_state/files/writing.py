@@ -14,17 +14,18 @@ from semq_state import calibration as calibrations
 from semq_state import container, content
 from semq_state.calibration import Calibration, Predictor
 from semq_state.codecs import AbstractCodec, Encoded, predicted
-from semq_state.container import MANIFEST, JointEntry, Manifest, SectionEntry, SectionWriter, TensorEntry
+from semq_state.container import MANIFEST, JointEntry, Manifest, PlainSink, SectionEntry, SectionWriter, TensorEntry
 from semq_state.content import TensorSpec
 from semq_state.errors import CalibrationError, IntegrityError
 from semq_state.files import joint
 from semq_state.files.forms import Codec, Form, form_of, measured
 from semq_state.files.info import SnapshotInfo
-from semq_state.files.opening import opened
+from semq_state.files.opening import open_snapshot
 from semq_state.files.pipeline import Job, Progress, counter, in_order
 from semq_state.files.reading import bounds_of, failures_of, inspect
+from semq_state.sealing import Seal, SealedSink, SealTo, new_seal
 from semq_state.snapshot import Snapshot
-from semq_state.stores import LocalFile, atomic_write
+from semq_state.stores import atomic_write
 from semq_state.symbolic import is_lossy
 
 
@@ -36,6 +37,7 @@ def save(
     calibration: Calibration | str | os.PathLike[str] | None = None,
     embed_calibration: bool = False,
     predictor: Predictor | str | os.PathLike[str] | None = None,
+    seal: SealTo | None = None,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> SnapshotInfo:
@@ -59,6 +61,8 @@ def save(
         calibration: a calibration or its file, instead of the one that the cache folder has for these weights.
         embed_calibration: carry the calibration along, so that the file can be read without any other.
         predictor: for `exact-predicted`, a predictor or its file, instead of the one that the cache folder has.
+        seal: encrypt the file to a `Passphrase`, `KeyFile` or `Recipient` of `semq_state.sealing`, or to several,
+            each of which opens it alone. No plain byte reaches the disk. Sealed files of one snapshot differ.
         verify: read the file again, decode it and compare every digest before it counts as saved.
         progress: called with the bytes done and the bytes in all.
 
@@ -70,11 +74,14 @@ def save(
         UnknownCodecError: no such preset.
         CalibrationError: a calibration or predictor is missing, damaged or of another model.
         IntegrityError: what was read again is not what was written.
+        DecryptionError: a key file or public key to seal to is none.
+        UnsupportedOperationError: `seal` needs `pip install 'semq-state[seal]'`.
 
     Example:
         >>> sq.save(run.snapshot(), "chat.safetensors")  # doctest: +SKIP
         >>> sq.save(run.snapshot(), "chat.safetensors", codec="compact")  # doctest: +SKIP
     """
+    sealed = None if seal is None else new_seal(seal)
     calibrated = _calibration_for(snapshot, codec, calibration)
     guessing = _predictor_for(snapshot, predictor) if codec == predicted.PRESET else None
     form = form_of(snapshot, codec, calibrated, embed=embed_calibration, predictor=guessing)
@@ -102,11 +109,12 @@ def save(
 
     def reread(hidden: Path) -> None:
         if verify:
-            _compare(hidden, manifest, guessing, advance)
+            _compare(hidden, manifest, guessing, sealed, advance)
 
+    promised = None if sealed is None else _state_id(snapshot, form)
     with atomic_write(path, check=reread) as file:
         writer = SectionWriter(
-            file,
+            PlainSink(file) if sealed is None or promised is None else SealedSink(file, sealed, promised),
             [*(job.section for job in jobs), *(part.section for part in joint_jobs), MANIFEST],
             max(map(_n_dims, specs.values())),
             metadata,
@@ -128,9 +136,16 @@ def save(
             advance(len(of.names) * of.spec.chunk(part.start, part.stop).n_bytes)
         joints = joint.entries_of(form.joints, payloads)
         manifest = _manifest(snapshot, form, specs, digests, entries, written, joints)
+        if promised not in (None, manifest.state_id):
+            raise IntegrityError(
+                str(path),
+                expected=f"the state {promised}",
+                found=f"{manifest.state_id}, for it was changed while it was saved",
+                do="save a state that nothing writes to",
+            )
         writer.write(MANIFEST, [manifest.to_bytes()])
         writer.finish(metadata | {"state_id": manifest.state_id})
-    return inspect(path)
+    return inspect(path, unlock=sealed)
 
 
 def _calibration_for(
@@ -203,10 +218,23 @@ def _manifest(
     )
 
 
-def _compare(path: Path, manifest: Manifest, predictor: Predictor | None, advance: Callable[[int], None]) -> None:
+def _state_id(snapshot: Snapshot, form: Form) -> str:
+    """What the manifest will say: every sealed section is bound to it, and the first is written before the last
+    is hashed."""
+    own = form.own_specs
+    digests = content.all_digests({name: form.tensors[name] for name in own})
+    return content.state_id(content.content_digest(form.structure, own, digests), snapshot.provenance.identity())
+
+
+def _compare(
+    path: Path,
+    manifest: Manifest,
+    predictor: Predictor | None,
+    sealed: Seal | None,
+    advance: Callable[[int], None],
+) -> None:
     """Reads a finished file again and holds it against what should be in it."""
-    with LocalFile(path) as file:
-        header, found = opened(file)
+    with open_snapshot(path, sealed) as (file, header, found):
         failures = failures_of(file, header, found, predictor, advance)
     for failure in failures.values():
         raise failure

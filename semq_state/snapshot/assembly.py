@@ -47,7 +47,8 @@ def assemble(
         )
         for i, table in enumerate(_optional(structure, "checkpoints", list))
     )
-    trace = _trace(left, _field(structure, "trace", dict)) if "trace" in structure else None
+    n_rows = int(generation.input_ids.shape[0])
+    trace = _trace(left, _field(structure, "trace", dict), n_rows) if "trace" in structure else None
     if left.tensors:
         raise IncompleteStateError(
             f"{', '.join(sorted(left.tensors)):.200}",
@@ -92,13 +93,14 @@ def _generation(left: _Left, state: Mapping[str, Any]) -> GenerationState:
     )
 
 
-def _trace(left: _Left, table: Mapping[str, Any]) -> Trace:
-    return Trace(
-        _count(table, "begin"),
-        *(left.one(f"trace.{name}") for name in TRACED),
-        rule=_field(table, "rule", dict),
-        rng=left.all("trace.rng", table, "rng"),
-    )
+def _trace(left: _Left, table: Mapping[str, Any], n_rows: int) -> Trace:
+    found = {name: left.one(f"trace.{name}") for name in TRACED}
+    rng = left.all("trace.rng", table, "rng")
+    trace = Trace(begin=_count(table, "begin"), rule=_field(table, "rule", dict), rng=rng, **found)
+    # Structures are put together from nothing first.
+    if any(tensor.numel() for tensor in found.values()):
+        trace.check(n_rows)
+    return trace
 
 
 @dataclass

@@ -1,16 +1,18 @@
-"""A run token by token, small enough to keep for each: what was chosen, from what, and a print of the last hidden state."""
+"""A run token by token: what was chosen, from what, and a print of the last hidden state."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from semq_state.errors import IncompleteStateError
 from semq_state.snapshot.cache import Tensors, take_rows
 
 NAMES = ("tokens", "top_ids", "top_logits", "norms", "prints")
+_KINDS = ((torch.int64, 2), (torch.int32, 3), (torch.float32, 3), (torch.float32, 2), (torch.uint8, 3))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,25 @@ class Trace:
         row = (self.tokens, self.top_ids, self.top_logits, self.norms, self.prints)
         return sum(t.element_size() * t.shape[2:].numel() for t in row)
 
+    def check(self, n_rows: int) -> None:
+        """Refuses tensors that do not belong together; for what a file tells.
+
+        Raises:
+            IncompleteStateError: they do not.
+        """
+        n, kinds = self.tokens.shape[-1] if self.tokens.ndim else 0, dict(zip(NAMES, _KINDS, strict=True))
+        for name, (dtype, n_dims) in kinds.items():
+            tensor: torch.Tensor = getattr(self, name)
+            if tensor.dtype != dtype or tensor.ndim != n_dims or tuple(tensor.shape[:2]) != (n_rows, n):
+                raise IncompleteStateError(
+                    f"trace.{name}",
+                    expected=f"{dtype} of {n_dims} axes, ({n_rows}, {n}) first",
+                    found=f"{tensor.dtype} {tuple(tensor.shape)}",
+                    do="the file was put together wrongly; use another copy",
+                )
+        if self.top_ids.shape != self.top_logits.shape:
+            raise IncompleteStateError("trace.top_ids", expected="as many ids as logits", found="others")
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor under its name in a file."""
         named = {f"trace.{name}": getattr(self, name) for name in NAMES}
@@ -66,5 +87,6 @@ class Trace:
         """What it tells of these rows."""
         return self._mapped(lambda t: take_rows(t, rows))
 
-    def _mapped(self, function: Any) -> Trace:
-        return Trace(self.begin, *(function(getattr(self, name)) for name in NAMES), self.rule, self.rng)
+    def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Trace:
+        changed = {name: function(getattr(self, name)) for name in NAMES}
+        return Trace(begin=self.begin, rule=self.rule, rng=self.rng, **changed)

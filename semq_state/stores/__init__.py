@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from semq_state.stores.local import LocalFile as LocalFile
+from semq_state.stores.local import ReadableFile as ReadableFile
 from semq_state.stores.local import atomic_write as atomic_write
 from semq_state.stores.local import check_writable as check_writable
+from semq_state.stores.local import create_new as create_new

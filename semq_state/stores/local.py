@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from semq_state.errors import StoreError
 
@@ -18,6 +18,19 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+
+class ReadableFile(Protocol):
+    """What a reader of snapshots asks of a file, be it on this machine or under a seal."""
+
+    path: Path
+    size: int
+
+    def read(self, offset: int, n_bytes: int) -> bytes:
+        """`n_bytes` from `offset`, from any thread."""
+
+    def read_into(self, offset: int, into: memoryview) -> None:
+        """Fills `into`, which is made of bytes, from `offset`."""
 
 
 class LocalFile:
@@ -58,13 +71,29 @@ class LocalFile:
         if len(data) < n_bytes and data:  # one system call reads at most 2 GiB
             data += self.read(offset + len(data), n_bytes - len(data))
         if len(data) != n_bytes:
-            raise StoreError(
-                str(self.path),
-                expected=f"{n_bytes} bytes at {offset}",
-                found=f"{len(data)}",
-                do="the file became shorter while it was read; use another copy",
-            )
+            raise _shorter(self.path, n_bytes, offset, len(data))
         return data
+
+    def read_into(self, offset: int, into: memoryview) -> None:
+        """Fills `into`, which is made of bytes, from `offset`.
+
+        Raises:
+            StoreError: as `read`.
+        """
+        done = 0
+        while done < len(into):
+            try:
+                if hasattr(os, "preadv"):
+                    n_bytes = os.preadv(self._file.fileno(), [into[done:]], offset + done)
+                else:
+                    with self._lock:
+                        self._file.seek(offset + done)
+                        n_bytes = self._file.readinto(into[done:]) or 0
+            except OSError as error:
+                raise StoreError(str(self.path), found=str(error), do="check the disk") from error
+            if not n_bytes:
+                raise _shorter(self.path, len(into), offset, done)
+            done += n_bytes
 
     def __enter__(self) -> LocalFile:
         return self
@@ -120,6 +149,32 @@ def atomic_write(
                 hidden.unlink()
 
 
+def create_new(path: str | os.PathLike[str], data: bytes, *, mode: int) -> None:
+    """Writes a small file where none stands yet, with these permissions from its first moment on.
+
+    Raises:
+        StoreError: something stands there already, or the folder or disk refused.
+    """
+    path = Path(path)
+    try:
+        _check_path(path)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                path.unlink()
+                raise
+    except OSError as error:
+        raise StoreError(
+            str(path),
+            expected="a path in a writable folder where nothing stands yet",
+            found=_reason(error),
+            do="nothing was changed there; choose another path",
+        ) from error
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Refuses a path that `atomic_write` could not write to, before any work is spent.
 
@@ -133,6 +188,15 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             pass
     except OSError as error:
         raise _refused(path, error) from error
+
+
+def _shorter(path: Path, n_bytes: int, offset: int, n_found: int) -> StoreError:
+    return StoreError(
+        str(path),
+        expected=f"{n_bytes} bytes at {offset}",
+        found=f"{n_found}",
+        do="the file became shorter while it was read; use another copy",
+    )
 
 
 def _refused(path: Path, error: OSError) -> StoreError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tempfile
 from pathlib import Path
 
 import guessing
@@ -15,7 +16,8 @@ from workers import made
 
 import semq_state as sq
 from semq_state.calibration import save_predictor
-from semq_state.snapshot import CacheState, Checkpoint, GenerationState, LayerState, ProcessorState
+from semq_state.sketch import sketch_rule
+from semq_state.snapshot import CacheState, Checkpoint, GenerationState, LayerState, ProcessorState, Trace
 
 
 def version_1() -> sq.Snapshot:
@@ -160,12 +162,49 @@ def write_version_3(folder: Path) -> None:
     sq.save(made.state(), folder / "v3-transform.safetensors", codec=coder, embed_calibration=True)
 
 
+def version_4() -> sq.Snapshot:
+    """What is new in version 4: a trace."""
+    first = version_1()
+    ramp = torch.arange(2 * 3 * 4, dtype=torch.float32).reshape(2, 3, 4)
+    trace = Trace(
+        begin=4,
+        tokens=first.generation.input_ids[:, 4:],
+        top_ids=(ramp * 3 % 19).to(torch.int32),
+        top_logits=-torch.sin(ramp),
+        norms=torch.cos(ramp[..., 0]) + 2,
+        prints=(ramp * 7 % 251).to(torch.uint8),
+        rule=sketch_rule(8),
+        rng={"cpu": torch.arange(200, dtype=torch.uint8).flip(0)},
+    )
+    return dataclasses.replace(first, trace=trace)
+
+
+def write_version_4(folder: Path) -> None:
+    """And a signature inside the file, whose key stands beside it."""
+    from cryptography.hazmat.primitives import serialization as serial
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+    public = key.public_key().public_bytes(serial.Encoding.PEM, serial.PublicFormat.SubjectPublicKeyInfo)
+    (folder / "signer-4.pub").write_bytes(public)
+    path = folder / "v4-signed.safetensors"
+    sq.save(version_4(), path)
+    with tempfile.TemporaryDirectory() as hidden:
+        private = Path(hidden, "key.pem")
+        private.write_bytes(
+            key.private_bytes(serial.Encoding.PEM, serial.PrivateFormat.PKCS8, serial.NoEncryption())
+        )
+        sq.sign(path, private, inside=True)
+
+
 if __name__ == "__main__":
     here = Path(__file__).parent
-    snapshot = {"1": version_1, "2": version_2, "3": version_3}[sys.argv[1]]()
+    snapshot = {"1": version_1, "2": version_2, "3": version_3, "4": version_4}[sys.argv[1]]()
     for codec in ("exact", "exact-max", "raw"):
         sq.save(snapshot, here / f"v{sys.argv[1]}-{codec}.safetensors", codec=codec)
     if sys.argv[1] == "3":
         write_version_3(here)
+    if sys.argv[1] == "4":
+        write_version_4(here)
     for path in sorted(here.glob(f"v{sys.argv[1]}-*.safetensors")):
         print(path.name, sq.inspect(path).state_id)
