@@ -38,11 +38,11 @@ NOTES = (
     f"Reference: SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF) answers a chat of {N_PROMPT} tokens, text "
     f"from WikiText-2 test, with {N_NEW} sampled tokens. The floor is measured on {N_FLOOR} null runs (1 or 2 "
     "threads, prompt in one piece or in chunks of any size, 0 to 3 other rows in the batch), then judges "
-    f"{N_HELD_OUT} more and the changed ones, all of which tell the reference's tokens and origin. `sha256`: of all "
-    "keys and values. `allclose`: torch's, with its default tolerances, on all of them. `toploc`: proofs of the "
-    "last hidden states, 258 bytes per 32 tokens, with the thresholds of its paper (38 exponents, mean 10, median "
-    "8). `trace`: of 385 symbols, the most that differ in a token's trace. yes: refused. Times are medians, in one "
-    "process; look at the ratios."
+    f"{N_HELD_OUT} more and the changed ones, all of which tell the reference's tokens and origin. `sha256`: of "
+    "all keys and values. `allclose`: torch's, with its default tolerances, on all of them. `toploc`: proofs of "
+    "the last hidden states, 258 bytes per 32 tokens, with the thresholds of its paper (38 exponents, mean 10, "
+    "median 8). `trace`: of 385 symbols, the most that differ in a token's trace. yes: refused. Times are medians, "
+    "in one process; look at the ratios."
 )
 
 

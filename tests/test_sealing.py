@@ -1054,7 +1054,9 @@ def test_convert_reads_and_writes_sealed_files(cli: Any, keys: Keys, path: Path,
         assert sq.inspect(out, unlock=key).codec == "exact-max"
     code, _, said = cli("convert", path, out, *unlock, "--seal-to", tmp_path / "words")
     assert code == 2 and "X25519PublicKey" in said
-    assert cli("convert", path, out, "--codec", "exact", *unlock)[0] == 0
+    code, _, said = cli("convert", path, out, "--codec", "raw", *unlock)
+    assert code == 2 and "--plain" in said and sq.inspect(out, unlock=keys.file).codec == "exact-max"
+    assert cli("convert", path, out, "--codec", "exact", *unlock, "--plain")[0] == 0
     assert_same(sq.load(out), state())
 
 

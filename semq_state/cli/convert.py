@@ -14,9 +14,11 @@ from semq_state.cli.showing import show_info
 from semq_state.cli.unlocking import (
     KeyFiles,
     PassphraseFile,
+    Plain,
     PrivateKeys,
     SealPassphraseFile,
     SealTo,
+    require_sealed_again,
     seal_of,
     unlock_of,
 )
@@ -33,11 +35,13 @@ def convert(
     private_key: PrivateKeys = None,
     seal_to: SealTo = None,
     seal_passphrase_file: SealPassphraseFile = None,
+    plain: Plain = False,
     as_json: Json = False,
 ) -> None:
-    """Writes a snapshot again under another codec, and says what that cost. A sealed one is written plain, unless
-    told to whom to seal it again."""
+    """Writes a snapshot again under another codec, and says what that cost. A sealed one is sealed
+    again, to whom is to be told, or written --plain."""
     unlock, seal = unlock_of(passphrase_file, key_file, private_key), seal_of(seal_to, seal_passphrase_file)
+    require_sealed_again(file, unlock, seal, plain=plain)
     with bytes_bar(f"loading {file.name}") as progress:
         snapshot = sq.load(file, calibration=calibration, unlock=unlock, progress=progress)
     with bytes_bar(f"saving {out.name}") as progress:

@@ -14,9 +14,11 @@ from semq_state.cli.progress import bytes_bar
 from semq_state.cli.unlocking import (
     KeyFiles,
     PassphraseFile,
+    Plain,
     PrivateKeys,
     SealPassphraseFile,
     SealTo,
+    require_sealed_again,
     seal_of,
     unlock_of,
 )
@@ -42,6 +44,7 @@ def resume(
     private_key: PrivateKeys = None,
     seal_to: SealTo = None,
     seal_passphrase_file: SealPassphraseFile = None,
+    plain: Plain = False,
     as_json: Json = False,
 ) -> None:
     """Goes on generating from a snapshot, as if never interrupted. Refuses another model than the one that
@@ -49,6 +52,8 @@ def resume(
     from semq_state.cli.models import load_model
 
     unlock, seal = unlock_of(passphrase_file, key_file, private_key), seal_of(seal_to, seal_passphrase_file)
+    if save is not None:
+        require_sealed_again(file, unlock, seal, plain=plain)
     with bytes_bar(f"loading {file.name}") as progress:
         snapshot = sq.load(file, calibration=calibration, unlock=unlock, progress=progress)
     live, tokenizer = load_model(model, dtype=dtype, device=device)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+import semq_state as sq
 from semq_state.sealing import KeyFile, OpeningKey, Passphrase, PrivateKey, Recipient, SealingKey
 
 ENVIRONMENT = "SEMQ_STATE_PASSPHRASE"
@@ -29,6 +30,9 @@ SealTo = Annotated[
     typer.Option(
         "--seal-to", help="Encrypt what is written: an X25519 public key (PEM) or a key file. Repeatable."
     ),
+]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="Write what comes from a sealed file unencrypted, with no --seal-to.")
 ]
 SealPassphraseFile = Annotated[
     Path | None, typer.Option("--seal-passphrase-file", help="Encrypt what is written: a passphrase's file.")
@@ -64,6 +68,18 @@ def seal_of(seal_to: list[Path] | None, passphrase_file: Path | None) -> list[Se
     if passphrase_file is not None:
         keys.append(Passphrase.from_file(passphrase_file))
     return keys or None
+
+
+def require_sealed_again(file: Path, unlock: list[OpeningKey] | None, seal: object, *, plain: bool) -> None:
+    """Refuses to write in the open what was sealed, unless told to.
+
+    Raises:
+        typer.BadParameter: the file is sealed and nothing says to whom the next one shall be.
+    """
+    if seal is None and not plain and sq.inspect(file, unlock=unlock).sealed:
+        raise typer.BadParameter(
+            f"{file} is sealed: name --seal-to or --seal-passphrase-file for what is written, or --plain"
+        )
 
 
 def prompted(*, twice: bool) -> Passphrase:
