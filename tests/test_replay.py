@@ -208,6 +208,12 @@ def test_null_runs_leave_the_model_as_it_was(model: Any) -> None:
         next(null_runs(snapshot, model, 1, vary=("weather",)))
 
 
+def test_null_runs_of_another_model_are_refused(model: Any) -> None:
+    snapshot = captured(model, 12, trace=False)
+    with pytest.raises(sq.ModelMismatchError, match="weights"):
+        next(null_runs(snapshot, tiny_model(seed=2), 1))
+
+
 def test_null_runs_compute_the_same_tokens(model: Any) -> None:
     snapshot = captured(model, 30, trace=False)
     for _, state in null_runs(snapshot, model, 4):

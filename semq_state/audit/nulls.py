@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from semq_state import content
 from semq_state.audit.rerun import recomputed
 from semq_state.errors import UnsupportedOperationError
 from semq_state.generation.seams import base_model
+from semq_state.restore.checks import check_model
 from semq_state.snapshot import Snapshot
 
 AXES = ("threads", "chunks", "batch", "attention")
@@ -40,6 +42,7 @@ def null_runs(
 
     Raises:
         ValueError: an unknown axis.
+        ModelMismatchError: it is another model.
         UnsupportedOperationError: the state does not follow from its tokens alone, or they are too few.
 
     Example:
@@ -48,6 +51,10 @@ def null_runs(
     unknown = sorted(set(vary) - set(AXES))
     if unknown or isinstance(vary, str) or n_runs < 1:
         raise ValueError(f"`vary` takes names of {AXES} and `n_runs` at least 1, got {vary!r} and {n_runs}")
+    with warnings.catch_warnings():
+        # Other circumstances are what null runs are for; another model would not be a null run.
+        warnings.simplefilter("ignore")
+        check_model(snapshot, base_model(model), wrapper=model)
     drawn = random.Random(seed)  # noqa: S311 - circumstances, not secrets
     for _ in range(n_runs):
         yield _run(snapshot, model, drawn, vary)

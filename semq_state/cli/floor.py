@@ -53,19 +53,21 @@ def floor(
     for path in (out, save_reference) if save_reference else (out,):
         check_writable(path)
     unlock = unlock_of(passphrase_file, key_file, private_key)
+    if reference is None and not runs:
+        raise typer.BadParameter("a reference is made together with its null runs: give --runs")
+    own = None
+    if reference is not None:
+        with bytes_bar(f"loading {reference.name}") as progress:
+            own = sq.load(reference, unlock=unlock, progress=progress)
+        dtype = own.provenance.dtype if dtype == "auto" else dtype
     live = tokenizer = None
     if runs:
         from semq_state.cli.models import load_model
 
         live, tokenizer = load_model(model, dtype=dtype, device=device)
-    if reference is None:
-        if live is None:
-            raise typer.BadParameter("a reference is made together with its null runs: give --runs")
+    if own is None:
         own = _made(live, tokenizer, text, tokens)
         sq.save(own, save_reference or out)
-    else:
-        with bytes_bar(f"loading {reference.name}") as progress:
-            own = sq.load(reference, unlock=unlock, progress=progress)
     varied = [name for name in vary.split(",") if name]
     shown = _shown(own, files, live, runs, varied, seed)
     try:
