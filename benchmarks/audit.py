@@ -1,4 +1,4 @@
-"""Audit: what a floor, a hash, `allclose` and TOPLOC say of null runs and of changed ones; what audits cost.
+"""Audit: what a floor, a hash, `allclose` and TOPLOC say of null runs and of changed ones; what a replay costs.
 
     python -m benchmarks.audit --text FILE [--model MODEL] --out FOLDER
 
@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import hashlib
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +40,8 @@ NOTES = (
     f"{N_HELD_OUT} more and the changed ones, all of which tell the reference's tokens and origin. `sha256`: of "
     "all keys and values. `allclose`: torch's, with its default tolerances, on all of them. `toploc`: proofs of "
     "the last hidden states, 258 bytes per 32 tokens, with the thresholds of its paper (38 exponents, mean 10, "
-    "median 8). `trace`: of 385 symbols, the most that differ in a token's trace. yes: refused. Times are medians, "
-    "in one process; look at the ratios."
+    "median 8). `trace`: of 385 symbols, the most that differ in a token's trace. yes: refused. In bfloat16 a "
+    "factor below 1.004 leaves every weight as it was. Times are medians, in one process; look at the ratios."
 )
 
 
@@ -61,7 +60,6 @@ def main() -> None:
         tables["False alarms"] += alarms
         tables[f"Changes caught, reference in {name}"] = found
     tables["Replay, prompt of 512 and 128 new tokens, bfloat16"] = _replays(*models["bfloat16"], text)
-    tables["Two states of 4,096 tokens, bfloat16"] = _files(*models["bfloat16"], text)
     write("audit", args.out, tables, model=args.model, notes=NOTES)
     print((args.out / "audit.md").read_text())
 
@@ -95,6 +93,7 @@ class _Judge:
     def row(self, run: Run) -> Row:
         report = sq.diff(self._snapshot, run.snapshot, bins=self._floor.bins)
         verdict = report.within(self._floor)
+        found = _mismatches(run.hidden, self._snapshot.generation.prompt_length, self._proofs)
         row: Row = {
             "run": run.name,
             "floor": _said(not verdict.passed),
@@ -105,7 +104,8 @@ class _Judge:
             "floor (SEMQ's strict rule)": _said(not report.within(self._strict).passed),
             "sha256": _said(_hash(run.snapshot) != self._hash),
             "allclose": _said(not _close(self._snapshot, run.snapshot)),
-            "toploc": _said(not _proved(run.hidden, self._snapshot.generation.prompt_length, self._proofs)),
+            "toploc": _said(any(found[name] > most for name, most in TOPLOC.items())),
+            "toploc found": " / ".join(f"{value:.3g}" for value in found.values()),
             "share changed": max(c.n_changed / c.n_vectors for c in report.cells if c.n_vectors),
             "relative error": max(c.relative for c in report.cells),
         }
@@ -148,11 +148,12 @@ def _proofs(hidden: torch.Tensor, n_prompt: int) -> list[bytes]:
     return proofs
 
 
-def _proved(hidden: torch.Tensor, n_prompt: int, proofs: list[bytes]) -> bool:
+def _mismatches(hidden: torch.Tensor, n_prompt: int, proofs: list[bytes]) -> dict[str, float]:
+    """The worst of each number that TOPLOC judges by, over the prompt's proof and the answer's."""
     from toploc import verify_proofs_bytes
 
     results = verify_proofs_bytes(_activations(hidden, n_prompt), proofs, decode_batching_size=32, topk=128)
-    return all(getattr(result, name) <= most for result in results for name, most in TOPLOC.items())
+    return {name: max(getattr(result, name) for result in results) for name in TOPLOC}
 
 
 def _told_temperature(model: Any, snapshot: Snapshot) -> Row:
@@ -195,61 +196,6 @@ def _replays(model: Any, tokenizer: Any, text: str) -> list[Row]:
         {"what": name, "seconds": seconds[name], "of generating": seconds[name] / seconds["generate"]}
         for name in ways
     ]
-
-
-def _files(model: Any, tokenizer: Any, text: str) -> list[Row]:
-    from semq_state.sealing import Passphrase
-
-    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :4096]
-    first, second = (_filled(model, ids, size) for size in (None, 512))
-    raw = sum(t.nbytes for t in first.tensors().values())
-    key = Passphrase("a passphrase of the benchmark")
-    with tempfile.TemporaryDirectory(prefix="semq-state-bench-") as folder:
-        plain, sealed = Path(folder, "plain.safetensors"), Path(folder, "sealed.safetensors")
-        sq.save(first, plain)
-        sq.save(first, sealed, seal=key)
-        private = _private_key(folder)
-        ways: dict[str, Callable[[], Any]] = {
-            "diff, every vector different": lambda: sq.diff(first, second),
-            "diff, equal": lambda: sq.diff(first, sq.load(plain)),
-            "save": lambda: sq.save(first, plain),
-            "load": lambda: sq.load(plain),
-            "verify": lambda: sq.verify(plain),
-            "save, sealed": lambda: sq.save(first, sealed, seal=key),
-            "load, sealed": lambda: sq.load(sealed, unlock=key),
-            "sign": lambda: sq.sign(plain, private),
-        }
-        seconds = _timed(ways)
-    return [
-        {
-            "what": name,
-            "seconds": seconds[name],
-            "GB/s of state and core": raw / seconds[name] / content.n_workers() / 1e9,
-        }
-        for name in ways
-    ]
-
-
-def _private_key(folder: str) -> Path:
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    path = Path(folder, "key.pem")
-    path.write_bytes(
-        Ed25519PrivateKey.generate().private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
-    return path
-
-
-@torch.no_grad()
-def _filled(model: Any, ids: torch.Tensor, size: int | None) -> Snapshot:
-    cache, logits = None, None
-    for part in torch.split(ids, size or ids.shape[1], dim=1):
-        out = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, logits = out.past_key_values, out.logits
-    return sq.snapshot_of(model, cache, ids, logits=logits)
 
 
 def _timed(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:

@@ -359,7 +359,7 @@ def test_floor_and_diff_from_the_command_line(cli: Any, tmp_path: Path) -> None:
     code, text, _ = cli("floor", at["own"], at["n1"], "--out", out, "--margin", "1", "0", "--bins", "4", "--json")
     said = json.loads(text)
     assert (code, said["margin"], said["bins"], said["n_nulls"]) == (0, [1, 0], 4, 1)
-    for missing in ((), (at["own"],), ("--prompt", "w1", "--runs", "1"), (at["own"], "--runs", "1", "--vary", "x")):
+    for missing in ((), (at["own"],), ("--prompt", "w1"), (at["own"], "--runs", "1", "--vary", "x")):
         assert cli("floor", *missing, "--out", out)[0] == 2, missing
     assert cli("floor", at["own"], at["n1"], "--out", tmp_path / "no" / "floor.json")[0] == 2
 
@@ -373,6 +373,9 @@ def test_null_runs_are_made_from_a_model(cli: Any, folder: str, tmp_path: Path) 
     )  # fmt: skip
     assert code == 0, err
     assert json.loads(text)["reference"] == sq.inspect(kept).state_id
+    other = tmp_path / "other.json"
+    assert cli("floor", "--runs", "1", folder, "--prompt", prompt, "--tokens", "6", "--out", other)[0] == 0
+    assert load_floor(other).reference == sq.inspect(tmp_path / "other-reference.safetensors").state_id
     assert cli("diff", kept, kept, "--floor", out)[0] == 0
     code, text, err = cli(
         "floor", kept, "--runs", "2", "--model", folder, "--vary", "chunks,attention", "--out", out

@@ -18,17 +18,23 @@ from semq_state.cli.unlocking import KeyFiles, PassphraseFile, PrivateKeys, unlo
 from semq_state.stores import check_writable
 
 _VARIED = "threads,chunks,batch"
+_PROMPT = (
+    "A keeper wrote down every evening what the light had done, how the wind had turned and which ships had passed. "
+    "One evening there was a line in the book that he had not written. It said:"
+)
 
 
 def floor(
-    reference: Annotated[Path | None, typer.Argument(help="A snapshot; without it, give a --prompt.")] = None,
+    reference: Annotated[
+        Path | None, typer.Argument(help="A snapshot. Or a model, from which one is made with --runs.")
+    ] = None,
     nulls: Annotated[list[Path] | None, typer.Argument(help="Snapshots of null runs of the same tokens.")] = None,
     out: Annotated[Path, typer.Option(help="Where to write the floor, a JSON file.")] = Path("floor.json"),
     runs: Annotated[int, typer.Option(min=0, help="Null runs to make with --model; 20 are a good number.")] = 0,
     model: Annotated[str, typer.Option(help="For --runs: smollm2, a folder, or a hub id.")] = "smollm2",
     vary: Annotated[str, typer.Option(help="What null runs vary, of threads, chunks, batch, attention.")] = _VARIED,
     seed: Annotated[int, typer.Option(help="Of what null runs draw.")] = 0,
-    prompt: Annotated[str, typer.Option(help="Without a reference: the text that one is made from.")] = "",
+    prompt: Annotated[str, typer.Option(help="Without a reference: the text that one is made from.")] = _PROMPT,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with that text.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate from it.")] = 64,
     save_reference: Annotated[Path | None, typer.Option(help="Where to keep the reference made so.")] = None,
@@ -43,13 +49,17 @@ def floor(
     private_key: PrivateKeys = None,
     as_json: Json = False,
 ) -> None:
-    """Measures the noise floor of a state from null runs: given as files, or made here with --runs."""
+    """Measures the noise floor of a state from null runs: given as files, or made here with --runs. With --runs and a
+    model instead of a snapshot, a reference is made first."""
     files = list(nulls or ())
     text = prompt_file.read_text(encoding="utf-8") if prompt_file else prompt
     if not files and not runs:
         raise typer.BadParameter("name snapshots of null runs, or how many --runs to make")
-    if reference is None and not (text and save_reference):
-        raise typer.BadParameter("name a reference, or give --prompt and --save-reference")
+    if reference is not None and runs and not files and not reference.is_file():
+        # A model, as `run` takes it: a name, a hub id or a folder.
+        model, reference = str(reference), None
+    if reference is None and save_reference is None:
+        save_reference = out.with_name(f"{out.stem}-reference.safetensors")
     for path in (out, save_reference) if save_reference else (out,):
         check_writable(path)
     unlock = unlock_of(passphrase_file, key_file, private_key)

@@ -32,6 +32,7 @@ def resume(
     ] = None,
     append: Annotated[str, typer.Option(help="Text of the next turn.")] = "",
     seed: Seed = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Keep evidence of each token, for `replay`.")] = False,
     save: Annotated[Path | None, typer.Option(help="Where to keep the newest state from here on.")] = None,
     every: Every = 64,
     codec: Codec = "exact",
@@ -65,7 +66,7 @@ def resume(
     try:
         with (
             generating.streamer(tokenizer, planned, as_json=as_json, with_prompt=True) as shown,
-            sq.capture(live, tokenizer=tokenizer, autosave=save, every=every, codec=codec, seal=seal),
+            sq.capture(live, tokenizer=tokenizer, autosave=save, every=every, codec=codec, seal=seal, trace=trace),
         ):
             out = resumed.generate(seed=seed, streamer=shown, **options)
     except KeyboardInterrupt:

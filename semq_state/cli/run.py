@@ -28,6 +28,7 @@ def run(
     top_k: Annotated[int, typer.Option(help="With --sample; 0 for all.")] = 50,
     repetition_penalty: Annotated[float, typer.Option(help="1.0 for none.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the random stream.")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Keep evidence of each token, for `replay`.")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     seal_to: SealTo = None,
@@ -55,7 +56,7 @@ def run(
     try:
         with (
             generating.streamer(tokenizer, tokens, as_json=as_json) as shown,
-            sq.capture(live, tokenizer=tokenizer, autosave=save, every=every, codec=codec, seal=seal),
+            sq.capture(live, tokenizer=tokenizer, autosave=save, every=every, codec=codec, seal=seal, trace=trace),
         ):
             out = live.generate(**inputs, streamer=shown, **options)
     except KeyboardInterrupt:
