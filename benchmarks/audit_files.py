@@ -28,10 +28,10 @@ N_TOKENS = 4096
 ROUNDS = 7
 
 NOTES = (
-    f"Two states of SmolLM2-135M-Instruct in bfloat16 over the same {N_TOKENS:,} tokens of WikiText-2 test, computed "
-    "in one piece and in chunks of 512; `exact`, files in the page cache, all cores. Medians over "
-    f"{ROUNDS} rounds that alternate between what is compared. `GB/s and core`: raw bytes of the state by processor "
-    "time."
+    f"Two states of SmolLM2-135M-Instruct in bfloat16 over the same {N_TOKENS:,} tokens of WikiText-2 test, "
+    "computed in one piece and in chunks of 512; `exact`, files in the page cache, all cores. Medians over "
+    f"{ROUNDS} rounds that alternate between what is compared. `GB/s and core`: raw bytes of the state by "
+    "processor time."
 )
 
 

@@ -19,8 +19,8 @@ from semq_state.stores import check_writable
 
 _VARIED = "threads,chunks,batch"
 _PROMPT = (
-    "A keeper wrote down every evening what the light had done, how the wind had turned and which ships had passed. "
-    "One evening there was a line in the book that he had not written. It said:"
+    "A keeper wrote down every evening what the light had done, how the wind had turned and which ships had "
+    "passed. One evening there was a line in the book that he had not written. It said:"
 )
 
 
@@ -49,8 +49,8 @@ def floor(
     private_key: PrivateKeys = None,
     as_json: Json = False,
 ) -> None:
-    """Measures the noise floor of a state from null runs: given as files, or made here with --runs. With --runs and a
-    model instead of a snapshot, a reference is made first."""
+    """Measures the noise floor of a state from null runs: given as files, or made here with --runs. With --runs and
+    a model instead of a snapshot, a reference is made first."""
     files = list(nulls or ())
     text = prompt_file.read_text(encoding="utf-8") if prompt_file else prompt
     if not files and not runs:
