@@ -188,6 +188,8 @@ def test_a_floor_decides_where_rounding_differs(model: Any) -> None:
     floor = sq.measure_floor(snapshot, [state for _, state in null_runs(snapshot, model, 4)])
     found = sq.replay(snapshot, model, how="once", floor=floor, parts=("cold",))
     assert found.cold_equivalence.passed
+    without = sq.replay(snapshot, model, how="once", parts=("cold",)).cold_equivalence
+    assert without.outcome == "different" and "a floor tells" in without.reasons[1]
     other = tiny_model()
     with torch.no_grad():
         other.model.layers[1].self_attn.v_proj.weight.mul_(1.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,15 @@ def test_traces_of_tiny_models_are_the_same_again() -> None:
     assert all(
         torch.equal(t, second.trace.tensors()[n]) for n, t in first.trace.tensors().items() if "rng" not in n
     )
+
+
+@pytest.mark.parametrize("name", ["tokens", "top_ids", "top_logits", "norms", "prints"])
+def test_a_trace_whose_parts_do_not_belong_together_is_refused(model: Any, path: Path, name: str) -> None:
+    snapshot = traced(model)
+    assert snapshot.trace is not None
+    tensor = getattr(snapshot.trace, name)
+    for wrong in (tensor[:, 1:], tensor[:1], tensor.double(), tensor[None]):
+        trace = dataclasses.replace(snapshot.trace, **{name: wrong})
+        sq.save(dataclasses.replace(snapshot, trace=trace), path)
+        with pytest.raises(sq.IncompleteStateError, match="trace"):
+            sq.load(path)

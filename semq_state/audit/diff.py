@@ -29,13 +29,16 @@ from semq_state.provenance import advice, identity_differences
 from semq_state.sealing import Unlock
 from semq_state.snapshot import Snapshot
 
+BINS = 8
+"""Of each sign, of symbols, where nothing else is asked for: 4 bits."""
+
 
 def diff(
     a: Snapshot | str | os.PathLike[str],
     b: Snapshot | str | os.PathLike[str],
     *,
     across_models: bool = False,
-    bins: int = 8,
+    bins: int = BINS,
     threshold: float = 0.0,
     unlock: Unlock | None = None,
 ) -> Diff:

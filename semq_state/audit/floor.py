@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from semq_state.audit.diff import diff, loaded
+from semq_state.audit.diff import BINS, diff, loaded
 from semq_state.audit.report import CellDiff, Diff
 from semq_state.audit.verdict import Verdict
 from semq_state.errors import FloorError
@@ -175,7 +175,7 @@ def measure_floor(
     reference: State,
     nulls: Iterable[State | tuple[str, State]],
     *,
-    bins: int = 8,
+    bins: int = BINS,
     margin: tuple[int, int] = MARGIN,
     unlock: Unlock | None = None,
 ) -> Floor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from semq_state.audit.diff import diff
+from semq_state.audit.diff import BINS, diff
 from semq_state.audit.floor import Floor
 from semq_state.audit.report import Diff
 from semq_state.audit.traces import TraceDiff, compare_traces
@@ -27,7 +27,7 @@ PARTS = ("determinism", "cold", "trace")
 
 How = Literal["steps", "once"]
 
-BINS = 8
+NOT_ASKED = ("not asked for",)
 
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 _CODED = 1.05  # a state computed again is not to the last bit the one that was coded
@@ -139,7 +139,7 @@ def replay(
         check_model(snapshot, inner, tokenizer=tokenizer, allow=allow, wrapper=model)
     check_state(snapshot, inner)
     present = fingerprint(inner, weights="")
-    skipped = Verdict("not evaluated", ("not asked for",))
+    skipped = Verdict("not evaluated", NOT_ASKED)
     determinism = cold = trace = skipped
     report = traces = None
     if "determinism" in parts:
@@ -153,7 +153,7 @@ def replay(
             cold = trace = Verdict("not evaluated", (str(error),))
     if "cold" in parts and again is not None:
         report = diff(snapshot, again, across_models=bool(allow), bins=floor.bins if floor else BINS)
-        cold = _cold(snapshot, report, floor)
+        cold = _cold(snapshot, report, floor, how)
     if wants_trace and (again is not None or how == "once"):
         assert snapshot.trace is not None
         try:
@@ -282,14 +282,15 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)) if a.numel() else True
 
 
-def _cold(snapshot: Snapshot, report: Diff, floor: Floor | None) -> Verdict:
+def _cold(snapshot: Snapshot, report: Diff, floor: Floor | None, how: How) -> Verdict:
     if floor is not None:
         return report.within(floor)
     if report.first_layer is None and report.first_token is None:
         return Verdict("equal")
     if snapshot.coding is not None:
         return _as_coded(snapshot.coding, report)
-    return Verdict("different", (_from(report),))
+    hint = ("computed at once it rounds otherwise: whether that is all, a floor tells",) if how == "once" else ()
+    return Verdict("different", (_from(report), *hint))
 
 
 def _from(report: Diff) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import semq_state as sq
+from semq_state.audit.diff import BINS
 from semq_state.audit.floor_files import load_floor
 from semq_state.audit.report import CellDiff, Diff
 from semq_state.audit.verdict import Verdict
@@ -18,7 +19,6 @@ from semq_state.cli.generating import Json
 from semq_state.cli.progress import bytes_bar
 from semq_state.cli.unlocking import KeyFiles, PassphraseFile, PrivateKeys, unlock_of
 
-_DEFAULT_BINS = 8
 _WIDTH = 120
 _MOST_LINES = 12  # of each list of small differences
 
@@ -56,7 +56,7 @@ def diff(
     report = sq.diff(
         *states,
         across_models=across_models,
-        bins=limits.bins if limits else bins or _DEFAULT_BINS,
+        bins=limits.bins if limits else bins or BINS,
         threshold=threshold,
     )
     verdict = report.within(limits) if limits else None

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import semq_state as sq
+from semq_state.audit.diff import BINS
 from semq_state.audit.floor import MARGIN, Floor
 from semq_state.audit.floor_files import floor_dict, save_floor
 from semq_state.cli.generating import Device, Dtype, Json
@@ -38,7 +39,7 @@ def floor(
     prompt_file: Annotated[Path | None, typer.Option(help="A file with that text.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate from it.")] = 64,
     save_reference: Annotated[Path | None, typer.Option(help="Where to keep the reference made so.")] = None,
-    bins: Annotated[int, typer.Option(min=2, max=64, help="Bins of each sign, of the symbols.")] = 8,
+    bins: Annotated[int, typer.Option(min=2, max=64, help="Bins of each sign, of the symbols.")] = BINS,
     margin: Annotated[
         tuple[int, int], typer.Option(help="A factor and an addend by which the floor may be exceeded; 1 0: none.")
     ] = MARGIN,

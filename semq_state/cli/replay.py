@@ -11,7 +11,7 @@ import typer
 
 import semq_state as sq
 from semq_state.audit.floor_files import load_floor
-from semq_state.audit.replay import PARTS, Replay
+from semq_state.audit.replay import NOT_ASKED, PARTS, Replay
 from semq_state.cli.generating import CalibrationFile, Device, Json
 from semq_state.cli.progress import bytes_bar, steps_bar
 from semq_state.cli.unlocking import KeyFiles, PassphraseFile, PrivateKeys, unlock_of
@@ -75,6 +75,8 @@ def replay(
 
 def _show(found: Replay) -> None:
     for name, verdict in found.verdicts.items():
+        if verdict.reasons == NOT_ASKED:
+            continue
         print(f"{name.replace('_', ' '):<17} {verdict.outcome}")
         for reason in verdict.reasons:
             print(f"{'':<17}   {reason}")
