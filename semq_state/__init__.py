@@ -45,6 +45,7 @@ from semq_state.provenance import Provenance as Provenance
 from semq_state.restore import Resumed as Resumed
 from semq_state.restore import restore as restore
 from semq_state.sealing import seal as seal
+from semq_state.search import SymbolIndex as SymbolIndex
 from semq_state.snapshot import Snapshot as Snapshot
 from semq_state.support import Support as Support
 from semq_state.support import supports as supports

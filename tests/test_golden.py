@@ -59,6 +59,13 @@ def test_golden_file_of_version_4_is_read(path: Path) -> None:
     assert compare_traces(trace, trace).equal
 
 
+def test_golden_index_file_is_read() -> None:
+    index = sq.SymbolIndex.load(Path(__file__).parent / "golden" / "symbols-1.safetensors")
+    assert index.index_id == "sha256:99ab26e1863f95de28d8569a89df91fea7404c94bba3024f3697ed401efaa0d2"
+    assert index.ids.tolist() == [3, 7, 11, 19, 40]
+    assert index.search(index.rows([11]), k=1).ids.tolist() == [[11]]
+
+
 def test_golden_signature_still_holds() -> None:
     pytest.importorskip("securesystemslib")
     golden = Path(__file__).parent / "golden"

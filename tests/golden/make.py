@@ -197,6 +197,14 @@ def write_version_4(folder: Path) -> None:
         sq.sign(path, private, inside=True)
 
 
+def write_symbols(folder: Path) -> None:
+    """An index file, whose version is its own. Run by hand: it needs no snapshot."""
+    ramp = torch.arange(5 * 8, dtype=torch.float32).reshape(5, 8)
+    index = sq.SymbolIndex(8)
+    index.add(torch.sin(ramp * 3) + 0.1, ids=[40, 7, 19, 3, 11])
+    index.save(folder / "symbols-1.safetensors")
+
+
 if __name__ == "__main__":
     here = Path(__file__).parent
     snapshot = {"1": version_1, "2": version_2, "3": version_3, "4": version_4}[sys.argv[1]]()
