@@ -6,11 +6,8 @@ one symbol of many, that of their norms as well. A candidate is within if it exc
 60 cells and 20 null runs, that alone refuses most held-out null runs: some cell always has its largest count in the
 new run. So by default twice the floor is allowed, and a little more (`MARGIN`).
 
-Simulated, 60 cells with Poisson counts of mean 0.1 to 1000 and geometric distances of mean 2.5 symbols, 20 null
-runs: the counts of a held-out run exceed SEMQ's own rule (margin `(1, 0)`) in 88 % of cases and the default in less
-than 0.1 %; its percentiles do so in 86 % and 0.3 %. With 5 null runs the default still refuses 2 %, with 1 some
-28 %. Runs whose level varies by a factor of 1.6 (log-normal) are refused in 2 %. Take 20 null runs where that
-matters.
+How often each rule refuses held-out null runs of a real model is in `benchmarks/results/audit.md`. Take 20 null runs
+where that matters.
 """
 
 from __future__ import annotations

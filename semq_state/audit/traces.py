@@ -9,13 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from semq_state.audit.vectors import NORM_SHIFT
 from semq_state.errors import UnsupportedOperationError
 from semq_state.sketch import symbols_of
 from semq_state.snapshot import Trace
-
-NORM_SHIFT = 12
-"""A norm is a symbol too: float32 bits without the lowest 12, a step of 2^-11 of its size."""
-
 
 @dataclass(frozen=True, eq=False)
 class TraceDiff:
