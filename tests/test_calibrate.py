@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 import semq_state as sq
 from conftest import SIZES, TINY, tiny_model
 from semq_state.calibration import Calibration, find, load_calibration, place_for
-from semq_state.cli import main
 from semq_state.codecs import Transform
 from semq_state.errors import CalibrationError
 from semq_state.fingerprint import weights_digest
@@ -280,23 +278,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     tiny_model().save_pretrained(path)
     tokenizer().save_pretrained(path)
     return str(path)
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Calls the command line; gives exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["semq-state", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return call
 
 
 def test_calibrate_convert_and_inspect(

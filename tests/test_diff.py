@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cli import cli as cli
 from test_operations import hybrid, mamba
 from test_ways import encoder_decoder
 from transformers import DynamicCache

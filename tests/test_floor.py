@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cli import cli as cli
 from test_cli import folder as folder
 from test_diff import in_weights, prefilled, with_generation, with_layer
 from workers.made import dynamic, random, state

@@ -31,7 +31,7 @@ from test_hostile import MEMORY, tiny
 
 import semq_state as sq
 from semq_state import container, content, files, sealing
-from semq_state.cli import main, unlocking
+from semq_state.cli import unlocking
 from semq_state.content import DTYPES
 from semq_state.errors import (
     DecryptionError,
@@ -957,23 +957,6 @@ def test_errors_are_ours(sealed: bytes, keys: Keys, path: Path) -> None:
 
 
 # The command line
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Calls the command line; gives exit code, stdout and stderr."""
-
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["semq-state", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return call
 
 
 def test_commands_seal_and_unseal(cli: Any, path: Path, tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from semq_state import content
 from semq_state.audit import keys, signing
 from semq_state.audit.envelope import PAYLOAD_TYPE, Envelope, parsed, read_envelope, rendered
 from semq_state.audit.signatures import check_signature
-from semq_state.cli import main
 from semq_state.errors import (
     FormatError,
     IntegrityError,
@@ -795,21 +794,6 @@ def test_no_flipped_byte_goes_unnoticed(
 
 
 # The command line
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["semq-state", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return call
 
 
 def test_sign_and_check_from_the_command_line(cli: Any, file: Path, pairs: Path) -> None:

@@ -6,8 +6,8 @@ one symbol of many, that of their norms as well. A candidate is within if it exc
 60 cells and 20 null runs, that alone refuses most held-out null runs: some cell always has its largest count in the
 new run. So by default twice the floor is allowed, and a little more (`MARGIN`).
 
-How often each rule refuses held-out null runs of a real model is in `benchmarks/results/audit.md`. Take 20 null runs
-where that matters.
+How often each rule refuses held-out null runs of a real model is in `benchmarks/results/audit.md`. Take 20 null
+runs where that matters.
 """
 
 from __future__ import annotations

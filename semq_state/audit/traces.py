@@ -14,6 +14,7 @@ from semq_state.errors import UnsupportedOperationError
 from semq_state.sketch import symbols_of
 from semq_state.snapshot import Trace
 
+
 @dataclass(frozen=True, eq=False)
 class TraceDiff:
     """How two traces differ, by generated token.
