@@ -58,3 +58,12 @@ def test_the_architectures_in_the_readme_are_those_of_the_sweep() -> None:
     assert len(rows) == 3
     for entries, exact in rows:
         assert f"{exact} of {entries}" in " ".join(text.split())
+
+
+def test_every_field_of_a_report_and_a_floor_is_in_the_document() -> None:
+    from semq_state.audit.floor_files import _CELL_FIELDS
+    from semq_state.audit.report import CellDiff, Diff
+
+    text = (ROOT / "docs" / "AUDIT.md").read_text()
+    for name in {*CellDiff.__dataclass_fields__, *Diff.__dataclass_fields__, *_CELL_FIELDS}:
+        assert f"`{name}`" in text, name
