@@ -15,7 +15,6 @@ from semq_state import content, files
 from semq_state.audit.pairing import (
     Located,
     check_same_shape,
-    padding_of,
     structure_differences,
     vectors_of,
     without_padding,
@@ -112,7 +111,7 @@ def percentile(distances: Integers) -> int:
 
 def _padding(a: Snapshot, b: Snapshot) -> torch.Tensor | None:
     """The padding of both, at the positions that both have."""
-    left, right = padding_of(a), padding_of(b)
+    left, right = a.padding(), b.padding()
     if left is None or right is None:
         return left if right is None else right
     n = min(left.shape[1], right.shape[1])

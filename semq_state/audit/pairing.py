@@ -98,17 +98,6 @@ def _of_layer(layer: LayerState, where: str, number: int, is_fixed: bool) -> Ite
         yield Located(where, name, layout.kind, number, tensor, axis, offset, not is_fixed, layout.batch_axis)
 
 
-def padding_of(snapshot: Snapshot) -> torch.Tensor | None:
-    """Which of the sequence's tokens are padding, `(batch, seq)` bool; None where none is."""
-    inputs = snapshot.generation.step_inputs
-    mask = inputs.get("decoder_attention_mask")
-    if mask is None and not any(name.startswith(ENCODER) for name in inputs):
-        mask = inputs.get("attention_mask")
-    if mask is None or mask.ndim != 2 or mask.shape[0] != snapshot.batch_size or bool(mask.all()):
-        return None
-    return (mask == 0).cpu()
-
-
 def without_padding(
     located: Located, part: torch.Tensor, padding: torch.Tensor, start: int
 ) -> tuple[torch.Tensor, int]:

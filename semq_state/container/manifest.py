@@ -16,13 +16,13 @@ from semq_state.container.joint import JointEntry, all_sections, joint_of
 from semq_state.content import DTYPES, TensorSpec
 from semq_state.errors import FormatError, IntegrityError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """What this version writes."""
 
 EMBEDDED = "embedded."
 """Tensors whose names begin so are carried along and are no part of the state."""
 
-READABLE_VERSIONS = (1, 2, 3, 4)
+READABLE_VERSIONS = (1, 2, 3, 4, 5)
 
 MAX_DEPTH = 64
 """How deep tables and lists may stand in each other, so that no walk through them meets Python's own limit."""

@@ -13,6 +13,7 @@ from semq_state.errors import IncompleteStateError
 from semq_state.provenance import Provenance
 from semq_state.snapshot.cache import CacheState, LayerState, Tensors
 from semq_state.snapshot.generation import CACHE_ARGUMENT, GenerationState, ProcessorState
+from semq_state.snapshot.hidden import ENCODER, SEQUENCE, HiddenRows
 from semq_state.snapshot.trace import NAMES as TRACED
 from semq_state.snapshot.trace import Trace
 from semq_state.snapshot.whole import Checkpoint, Snapshot
@@ -49,6 +50,7 @@ def assemble(
     )
     n_rows = int(generation.input_ids.shape[0])
     trace = _trace(left, _field(structure, "trace", dict), n_rows) if "trace" in structure else None
+    hidden = {name: _hidden(left, name, table) for name, table in _optional(structure, "hidden", dict).items()}
     if left.tensors:
         raise IncompleteStateError(
             f"{', '.join(sorted(left.tensors)):.200}",
@@ -56,7 +58,7 @@ def assemble(
             found="these besides",
             do="the file was put together wrongly; take the snapshot again",
         )
-    snapshot = Snapshot(cache, generation, provenance, digests, checkpoints, trace=trace)
+    snapshot = Snapshot(cache, generation, provenance, digests, checkpoints, trace=trace, hidden=hidden)
     if snapshot.structure() != structure:
         raise TypeError("fields besides, or names out of order")
     return snapshot
@@ -101,6 +103,23 @@ def _trace(left: _Left, table: Mapping[str, Any], n_rows: int) -> Trace:
     if any(tensor.numel() for tensor in found.values()):
         trace.check(n_rows)
     return trace
+
+
+def _hidden(left: _Left, name: str, table: Any) -> HiddenRows:
+    if name not in (SEQUENCE, ENCODER) or type(table) is not dict:
+        raise TypeError(f"a stream of hidden states is {name!r:.80}, {reprlib.repr(table)}")
+    prefix = f"hidden.{name}"
+    found = HiddenRows(
+        rows=left.one(f"{prefix}.rows"),
+        token_ids=left.one(f"{prefix}.token_ids"),
+        states=left.all(f"{prefix}.states", table, "states"),
+        tokens=_field(table, "tokens", str),
+        pool=_field(table, "pool", str),
+    )
+    # Structures are put together from nothing first.
+    if any(tensor.numel() for tensor in (found.rows, found.token_ids, *found.states.values())):
+        found.check(prefix)
+    return found
 
 
 @dataclass

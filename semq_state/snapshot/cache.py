@@ -14,6 +14,9 @@ from semq_state.layouts import FamilyLayout, layout_of
 
 Tensors = Mapping[str, torch.Tensor]
 
+ABSENT = "absent"
+"""Kind of a cache that was never there, or was left out: hidden states alone."""
+
 
 @dataclass(frozen=True, eq=False)
 class LayerState:

@@ -13,9 +13,10 @@ import torch
 from semq_state import content
 from semq_state.errors import UnsupportedOperationError
 from semq_state.provenance import Provenance
-from semq_state.snapshot.cache import CacheState, Tensors, take_rows
+from semq_state.snapshot.cache import ABSENT, CacheState, Tensors, take_rows
 from semq_state.snapshot.coding import Coding
 from semq_state.snapshot.generation import GenerationState
+from semq_state.snapshot.hidden import SEQUENCE, HiddenRows, hidden_tensors
 from semq_state.snapshot.trace import Trace
 
 
@@ -60,6 +61,8 @@ class Snapshot:
         coding: of a state that was read from a compact file: how it had been coded, and with what error.
         coded_id: the identity of such a state, which is computed over its symbols; empty for any other.
         trace: the run token by token, where `capture(trace=True)` kept it.
+        hidden: hidden states by stream of tokens, where `capture(hidden_states=…)` kept some: `sequence`, and
+            `encoder` beside a decoder.
     """
 
     cache: CacheState
@@ -70,6 +73,7 @@ class Snapshot:
     coding: Coding | None = None
     coded_id: str = ""
     trace: Trace | None = None
+    hidden: Mapping[str, HiddenRows] = field(default_factory=dict)
 
     @cached_property
     def state_id(self) -> str:
@@ -101,7 +105,7 @@ class Snapshot:
         named = {**self.cache.tensors(), **self.generation.tensors()}
         for i, checkpoint in enumerate(self.checkpoints):
             named |= checkpoint.tensors(f"checkpoints.{i}.")
-        return named | (self.trace.tensors() if self.trace else {})
+        return named | (self.trace.tensors() if self.trace else {}) | hidden_tensors(self.hidden)
 
     def structure(self) -> dict[str, Any]:
         """Everything of the state that is not a tensor; with `tensors()` it is the whole state."""
@@ -110,7 +114,36 @@ class Snapshot:
             whole["checkpoints"] = [checkpoint.structure() for checkpoint in self.checkpoints]
         if self.trace:
             whole["trace"] = self.trace.structure()
+        if self.hidden:
+            whole["hidden"] = {name: each.structure() for name, each in sorted(self.hidden.items())}
         return whole
+
+    def padding(self) -> torch.Tensor | None:
+        """Which of the sequence's tokens are padding, `(batch, seq)` bool; None where none is."""
+        inputs = self.generation.step_inputs
+        mask = inputs.get("decoder_attention_mask")
+        if mask is None and not any(name.startswith("encoder_outputs") for name in inputs):
+            mask = inputs.get("attention_mask")
+        if mask is None or mask.ndim != 2 or mask.shape[0] != self.batch_size or bool(mask.all()):
+            return None
+        return (mask == 0).cpu()
+
+    def without_cache(self) -> Snapshot:
+        """The hidden states and tokens alone, from which nothing can go on. Shares memory."""
+        state = self.generation
+        kept = {name: t for name, t in state.step_inputs.items() if name.endswith("attention_mask")}
+        return Snapshot(
+            cache=CacheState(ABSENT),
+            generation=GenerationState(
+                input_ids=state.input_ids,
+                prompt_length=state.prompt_length,
+                n_cached=state.n_cached,
+                finished=state.finished,
+                step_inputs={name: t for name, t in kept.items() if "." not in name},
+            ),
+            provenance=self.provenance,
+            hidden=self.hidden,
+        )
 
     def crop(self, n_tokens: int) -> Snapshot:
         """The state after the first `n_tokens` tokens, as if the run had been stopped there. Shares memory.
@@ -176,6 +209,10 @@ class Snapshot:
             provenance=self.provenance,
             checkpoints=tuple(c for c in self.checkpoints if c.n_tokens < n_tokens),
             trace=self.trace and self.trace.crop(n_tokens),
+            hidden={
+                name: each.crop(self._n_seen(n_cached)) if name == SEQUENCE else each
+                for name, each in self.hidden.items()
+            },
         )
 
     def select(self, rows: Sequence[int]) -> Snapshot:
@@ -227,6 +264,7 @@ class Snapshot:
                 for c in self.checkpoints
             ),
             trace=self.trace and self.trace.select(index),
+            hidden={name: each.select(index.tolist()) for name, each in self.hidden.items()},
         )
 
     def fork(self, n: int, *, seeds: Sequence[int] | None = None) -> tuple[Snapshot, ...]:
@@ -307,10 +345,24 @@ class Snapshot:
                 for c in self.checkpoints
             ),
             trace=self.trace,
+            hidden={name: each.map(moved) for name, each in self.hidden.items()},
         )
+
+    def _n_seen(self, n_cached: int) -> list[int]:
+        """Of each row how many of its first `n_cached` tokens are no padding."""
+        padding = self.padding()
+        n_padding = [0] * self.batch_size if padding is None else padding[:, :n_cached].sum(1).tolist()
+        return [n_cached - n for n in n_padding]
 
     def _require_croppable(self) -> None:
         state = self.generation
+        if self.cache.kind == ABSENT:
+            raise UnsupportedOperationError(
+                "crop",
+                expected="a state with a cache",
+                found="hidden states alone, which may have seen all tokens",
+                do="take the rows that you want from snapshot.hidden",
+            )
         found = "a beam search" if state.search else ", ".join(sorted(state.companions))
         found = found or ", ".join(p.name for p in state.processors if p.tensors or (p.role == "logits" and p.meta))
         if found:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from semq_state.codecs.symbolic import AbstractVectorCodec
 from semq_state.codecs.transform import Transform
 
-LOSSY_KINDS = ("keys", "values", "latent")
+LOSSY_KINDS = ("keys", "values", "latent", "hidden")
 """Kinds of state, by `semq_state.layouts`, that a lossy codec takes unless it is told otherwise."""
 
 N_SINKS = 4
@@ -24,7 +24,7 @@ class Policy:
     Recurrent and convolution states are exact unless named here: an error in them is carried on by every step.
 
     Args:
-        codecs: kind of state to codec: `keys`, `values`, `latent`, `index`, `recurrent`, `convolution`.
+        codecs: kind of state to codec: `keys`, `values`, `latent`, `index`, `recurrent`, `convolution`, `hidden`.
         transform: the calibrated codec of keys and values; layers that its calibration does not have get
             `codecs`.
         n_sinks: first tokens of a sequence that stay exact.

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from semq_state.snapshot import CacheState, LayerState, Snapshot
+from semq_state.snapshot.hidden import hidden_tensors
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 FOLDED = ("recurrent", "convolution")
 """Kinds of state that hold no tokens; all of such a tensor is coded, where a policy names it."""
+
+HIDDEN = "hidden"
+"""Kind of the rows of `Snapshot.hidden`; each stands alone, so none is a sink for others."""
 
 _NOWHERE = 1 << 40  # behind all sinks
 
@@ -47,7 +51,7 @@ class Target:
 
     def late_sinks(self, padding: Sequence[int], n_sinks: int, span: tuple[int, int]) -> torch.Tensor | None:
         """Which coded tokens are sinks of rows that begin with padding, `(batch, seq)`; None where none are."""
-        if not any(padding):
+        if not any(padding) or self.begin == _NOWHERE:
             return None
         at = torch.arange(span[0], span[1]) + self.begin
         first = torch.tensor(padding)[:, None]
@@ -55,9 +59,14 @@ class Target:
 
 
 def targets(snapshot: Snapshot) -> list[Target]:
-    """Every tensor of the state's caches that holds floating vectors along the sequence, but for checkpoints."""
+    """Every tensor of the state's caches that holds floating vectors along the sequence, but for checkpoints, and
+    its hidden states."""
     caches = _caches(snapshot).items()
-    return [target for prefix, cache in caches for target in _of_cache(cache, prefix, is_own=not prefix)]
+    found = [target for prefix, cache in caches for target in _of_cache(cache, prefix, is_own=not prefix)]
+    for name, tensor in _hidden(snapshot).items():
+        if tensor.dtype in FLOATS and tensor.numel():
+            found.append(Target(name, HIDDEN, -1, _NOWHERE, tensor.shape[0], ends=False))
+    return found
 
 
 def kinds_of(snapshot: Snapshot) -> dict[str, list[str]]:
@@ -66,7 +75,11 @@ def kinds_of(snapshot: Snapshot) -> dict[str, list[str]]:
     for prefix, cache in _caches(snapshot).items():
         for name, kind in _kinds(cache, prefix):
             found.setdefault(kind, []).append(name)
-    return found
+    return found | ({HIDDEN: list(_hidden(snapshot))} if snapshot.hidden else {})
+
+
+def _hidden(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in hidden_tensors(snapshot.hidden).items() if ".states." in name}
 
 
 def _kinds(cache: CacheState, prefix: str) -> Iterator[tuple[str, str]]:
