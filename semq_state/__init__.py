@@ -40,8 +40,11 @@ from semq_state.errors import UnsupportedOperationError as UnsupportedOperationE
 from semq_state.files import inspect as inspect
 from semq_state.files import load as load
 from semq_state.files import save as save
+from semq_state.hidden import HiddenStates as HiddenStates
 from semq_state.measuring import calibrate as calibrate
 from semq_state.provenance import Provenance as Provenance
+from semq_state.recording import record as record
+from semq_state.records import open_record as open_record
 from semq_state.restore import Resumed as Resumed
 from semq_state.restore import restore as restore
 from semq_state.sealing import seal as seal

@@ -130,8 +130,11 @@ def replay(
     from semq_state.audit.tracing_once import traced_at_once
     from semq_state.fingerprint import fingerprint
     from semq_state.generation.seams import base_model
-    from semq_state.restore.checks import check_model, check_state
+    from semq_state.restore.checks import check_goes_on, check_model, check_state
 
+    check_goes_on(snapshot)
+    # What was asked to be heard is not recorded well enough to be heard again.
+    snapshot = dataclasses.replace(snapshot, hidden={}, known_digests={}) if snapshot.hidden else snapshot
     inner = base_model(model)
     with warnings.catch_warnings():
         # Circumstances are part of the answer.

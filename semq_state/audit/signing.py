@@ -14,7 +14,7 @@ from semq_state.audit.keys import KeyFile, Passphrase
 from semq_state.audit.signatures import check, placed_inside, read_beside
 from semq_state.audit.statements import hold, statement_of
 from semq_state.audit.verify import UNPROVED
-from semq_state.container import FORMAT_VERSION, MAX_SIGNATURE_BYTES, SIGNATURE, Header, Manifest
+from semq_state.container import MAX_SIGNATURE_BYTES, SIGNATURE, SIGNED_SINCE, Header, Manifest
 from semq_state.errors import SemqStateError, SignatureError, UnsupportedOperationError
 from semq_state.files import signature as places
 from semq_state.sealing import SealedFile, Unlock
@@ -137,7 +137,7 @@ def _sign_inside(
             for block in places.blocks(file, 0, before.n_bytes):
                 target.write(block)
         else:
-            manifest = replace(manifest, format_version=FORMAT_VERSION)
+            manifest = replace(manifest, format_version=max(SIGNED_SINCE, manifest.format_version))
             # Written once for its size: a digest has one length, and only signatures vary by a byte or two.
             trial = _with_signature(_unsigned(manifest, "0" * 64), signer).to_bytes()
             n_bytes = -(-(len(trial) + _ROOM) // _ROOM) * _ROOM

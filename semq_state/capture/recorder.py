@@ -12,6 +12,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES, MULTIMODAL_INPUTS_TO_
 
 from semq_state.caches import CacheMark, dump_cache, is_cache, mark_cache, n_cached
 from semq_state.capture.beams import BeamWatch
+from semq_state.capture.hearing import Hearing, refused_beams
 from semq_state.capture.tracing import Tracer
 from semq_state.errors import IncompleteStateError, SemqStateError, UnsupportedOperationError
 from semq_state.generation import seams
@@ -27,7 +28,7 @@ from semq_state.generation.companions import (
 )
 from semq_state.generation.processors import Watch, dump_processors
 from semq_state.generation.random import dump_rng
-from semq_state.generation.rows import FollowedCriteria
+from semq_state.generation.rows import AlreadyEnded, FollowedCriteria
 from semq_state.generation.settings import dump_config, encoder_tokens_matter
 from semq_state.generation.trees import take_apart
 from semq_state.provenance import Provenance
@@ -104,6 +105,7 @@ class Recorder:
         tells: warn when a run cannot be kept; not where `on_step` finds that out itself.
         wants_checkpoint: whether to keep what a later `crop` to this many tokens will need.
         tracer: takes notes of each token, and with it the run's first token is a checkpoint.
+        hearing: hears the hidden states of this model's loop.
     """
 
     def __init__(
@@ -114,8 +116,10 @@ class Recorder:
         tells: bool = True,
         wants_checkpoint: Callable[[int], bool] = lambda n_tokens: False,
         tracer: Tracer | None = None,
+        hearing: Hearing | None = None,
     ) -> None:
         self._tracer = tracer
+        self._hearing = hearing
         self.last: Step | None = None
         self._model = model
         self._on_step = on_step
@@ -166,6 +170,9 @@ class Recorder:
         self._call.stopping_criteria = list(criteria)
         self._call.given += kwargs.get("stopping_criteria") or ()
         self._call.begin()
+        if self._hearing:
+            ended = next((each.ended for each in criteria if isinstance(each, AlreadyEnded)), None)
+            self._hearing.begin(self._call.prompt_length, ended)
         return FollowedCriteria(criteria, self._finished_token)
 
     def _step_taken(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -209,6 +216,11 @@ class Recorder:
                 step = self._step(self._call, input_ids, ended, search or {})
                 if self._tracer:
                     self._tracer.finish(input_ids, None if search else step.logits)
+                if self._hearing:
+                    if search:
+                        raise refused_beams()
+                    drafts = self._call.candidates is not None
+                    self._hearing.finish(input_ids, ended, step.inputs, drafts=drafts)
                 is_first = self.last is None or self.last.call is not self._call
                 self.last = step
                 if self._wants_checkpoint(int(input_ids.shape[1])) or (self._tracer and is_first):
@@ -296,6 +308,7 @@ class Recorder:
             provenance=provenance,
             checkpoints=tuple(c for c in step.call.checkpoints if c.n_tokens < int(step.input_ids.shape[1])),
             trace=self._tracer.trace() if self._tracer else None,
+            hidden=self._hearing.rows() if self._hearing else {},
         )
 
 

@@ -17,11 +17,13 @@ from semq_state.codecs import AbstractCodec, preset
 from semq_state.errors import IncompleteStateError, SemqStateError
 from semq_state.fingerprint import MODES, WeightsMark, fingerprint, mark_weights
 from semq_state.generation.seams import base_model, generators, replaced
+from semq_state.hidden import HiddenStates
 from semq_state.provenance import Provenance
 from semq_state.sealing import SealTo, check_keys
 from semq_state.snapshot import Snapshot
 
 if TYPE_CHECKING:
+    from semq_state.capture.hearing import Hearing
     from semq_state.capture.recorder import Recorder
 
 
@@ -39,6 +41,7 @@ class Capture:
         weights: str = "full",
         checkpoints: int | Collection[int] = (),
         trace: bool = False,
+        hidden_states: HiddenStates | None = None,
         seal: SealTo | None = None,
     ) -> None:
         if every < 1:
@@ -49,7 +52,9 @@ class Capture:
         self._checkpoints = _checked(checkpoints)
         self._trace = trace
         self._wrapper = model
-        self._model = base_model(model)
+        self._hidden_states = hidden_states
+        self._model = base_model(model, generates=hidden_states is None)
+        self._hearing: Hearing | None = None
         self._tokenizer = tokenizer
         self._autosave = Path(autosave) if autosave is not None else None
         self._every = every
@@ -65,7 +70,7 @@ class Capture:
         self._tried = False
 
     def __enter__(self) -> Capture:
-        if self._recorders:
+        if self._mark is not None:
             raise RuntimeError("this capture was entered before; make a new one with sq.capture(model)")
         if self._autosave is not None:
             stores.check_writable(self._autosave)
@@ -75,6 +80,10 @@ class Capture:
         from semq_state.capture.tracing import tracers
 
         modules = generators(self._model)
+        if self._hidden_states is not None:
+            from semq_state.capture.hearing import Hearing
+
+            self._hearing = Hearing(self._model, self._hidden_states, modules)
         traced = tracers(modules) if self._trace else {}
         self._mark = mark_weights(self._model)
         for path, module in modules.items():
@@ -85,11 +94,14 @@ class Capture:
                 tells=self._autosave is None,
                 wants_checkpoint=self._wants_checkpoint,
                 tracer=tracer,
+                hearing=self._hearing if self._hearing and path == self._hearing.owner else None,
             )
             self._recorders[path] = recorder
             if tracer:
                 self._stack.enter_context(tracer.listening())
             self._stack.enter_context(replaced(module, recorder.replacements()))
+        if self._hearing:
+            self._stack.enter_context(self._hearing.listening())
         return self
 
     def __exit__(
@@ -99,7 +111,8 @@ class Capture:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
-        if self._autosave is None or not self._n_unsaved:
+        is_plain = self._hearing is not None and self._hearing.is_plain
+        if self._autosave is None or not (self._n_unsaved or is_plain):
             return
         try:
             self._save()
@@ -128,7 +141,7 @@ class Capture:
             UnsupportedModelError: no cache family knows the model's cache.
             UnsupportedOperationError: this way of generating cannot be kept.
         """
-        if not self._recorders or self._mark is None:
+        if self._mark is None:
             raise IncompleteStateError(
                 "capture",
                 expected="a capture that was entered",
@@ -148,9 +161,19 @@ class Capture:
                 self._model, self._tokenizer, weights=self._weights, adapters_of=self._wrapper
             )
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        provenance = dataclasses.replace(self._provenance, created=now)
+        if self._hearing and self._hearing.is_plain:
+            return self._hearing.snapshot(provenance)
         # A part that generates within a step of the whole (a depth decoder) is not what was asked for.
         path = next((path for path, recorder in self._recorders.items() if recorder.last or recorder.refused), "")
-        return self._recorders[path].snapshot(dataclasses.replace(self._provenance, created=now), path)
+        if path not in self._recorders:
+            raise IncompleteStateError(
+                "capture",
+                expected="at least one forward pass",
+                found="none",
+                do="call the model inside the `with`",
+            )
+        return self._recorders[path].snapshot(provenance, path)
 
     def _wants_checkpoint(self, n_tokens: int) -> bool:
         wanted = self._checkpoints
@@ -187,6 +210,7 @@ def capture(
     weights: str = "full",
     checkpoints: int | Collection[int] = (),
     trace: bool = False,
+    hidden_states: HiddenStates | None = None,
     seal: SealTo | None = None,
 ) -> Capture:
     """Records what the next step of `model.generate` needs, without changing what generate returns.
@@ -206,6 +230,8 @@ def capture(
         trace: keep evidence of each generated token (`Snapshot.trace`, less than 300 bytes of a row's token), so
             that the run can be replayed cheaply later, and a checkpoint at the first token, from which it can be
             replayed bit for bit. For loops that choose one token of each row at a time.
+        hidden_states: keep hidden states as well (`Snapshot.hidden`), of `generate` or of plain forward passes, of
+            which the last one counts. With it, models that cannot generate are taken too.
         seal: what autosave encrypts to; see `save`. A passphrase costs half a second at each save, other keys
             nothing.
 
@@ -231,6 +257,7 @@ def capture(
         weights=weights,
         checkpoints=checkpoints,
         trace=trace,
+        hidden_states=hidden_states,
         seal=seal,
     )
 

@@ -9,12 +9,12 @@ import typer
 
 import semq_state as sq
 from semq_state.cli.generating import Json
-from semq_state.cli.showing import show_info
+from semq_state.cli.showing import show_info, show_record
 from semq_state.cli.unlocking import KeyFiles, PassphraseFile, PrivateKeys, unlock_of
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A snapshot.")],
+    file: Annotated[Path, typer.Argument(help="A snapshot, or the folder of a record.")],
     tensors: Annotated[bool, typer.Option(help="List every tensor too.")] = False,
     passphrase_file: PassphraseFile = None,
     key_file: KeyFiles = None,
@@ -22,6 +22,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Shows header and manifest; reads no tensors and proves nothing: `verify` does."""
+    if file.is_dir():
+        show_record(sq.open_record(file), as_json=as_json)
+        return
     info = sq.inspect(file, unlock=unlock_of(passphrase_file, key_file, private_key))
     show_info(info, as_json=as_json)
     if as_json:

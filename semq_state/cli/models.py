@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
@@ -45,6 +45,18 @@ def load_alone(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
     return _loaded(_auto_class(_loaded(AutoConfig, name)), name, dtype=dtype).to(device).eval()
 
 
+def load_reader(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """The model and tokenizer of that name, encoders included: the class that the checkpoint names decides.
+
+    Raises:
+        StoreError: as `load_model`.
+    """
+    config = _loaded(AutoConfig, name)
+    generates = {n for mapping in _GENERATING.values() for found in mapping.values() for n in _names(found)}
+    kind = _auto_class(config) if generates & set(config.architectures or ()) else AutoModel
+    return _loaded(kind, name, dtype=dtype).to(device).eval(), load_tokenizer(name)
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer alone.
 
@@ -54,17 +66,24 @@ def load_tokenizer(name: str) -> Any:
     return _loaded(AutoTokenizer, name)
 
 
+_GENERATING = {
+    AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.AutoModelForSeq2SeqLM: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.AutoModelForImageTextToText: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+}
+"""Auto classes of models that generate text, to the names of their architectures by type of model."""
+
+
 def _auto_class(config: Any) -> Any:
     """The auto class that has this configuration's architecture; the first that generates text with it."""
-    classes = {
-        modeling_auto.AutoModelForSeq2SeqLM: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-        modeling_auto.AutoModelForImageTextToText: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    }
-    fitting = (auto for auto, mapping in classes.items() if type(config) in mapping)
-    is_pair = getattr(config, "is_encoder_decoder", False)
-    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and not is_pair:
-        return AutoModelForCausalLM
-    return next(fitting, AutoModelForCausalLM)
+    fitting = [auto for auto, names in _GENERATING.items() if config.model_type in names]
+    if AutoModelForCausalLM in fitting and getattr(config, "is_encoder_decoder", False):
+        fitting.remove(AutoModelForCausalLM)
+    return next(iter(fitting), AutoModelForCausalLM)
+
+
+def _names(found: Any) -> tuple[str, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _loaded(kind: Any, name: str, **options: Any) -> Any:

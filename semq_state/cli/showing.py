@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from semq_state.files import SnapshotInfo
-from semq_state.snapshot import Coding
+from semq_state.records import Record
+from semq_state.snapshot import ABSENT, Coding
 
 
 def show_info(info: SnapshotInfo, *, as_json: bool) -> None:
@@ -17,6 +20,43 @@ def show_info(info: SnapshotInfo, *, as_json: bool) -> None:
         print(f"{name:<10} {value}")
 
 
+def show_record(record: Record, *, as_json: bool) -> None:
+    """Prints what a record of hidden states holds."""
+    told = {
+        "path": str(record.folder),
+        "record_id": record.record_id,
+        "complete": record.complete,
+        "n_documents": record.n_documents,
+        "n_rows": len(record),
+        "n_bytes": record.n_bytes,
+        "sites": {site: {"dim": record.dim(site), "dtype": _dtype(record, site)} for site in record.sites},
+        "plan": record.plan.as_dict(),
+        "provenance": record.provenance.as_dict(),
+    }
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return
+    plan, made_by = record.plan, record.provenance
+    kept = f"tokens {plan.tokens}" + (f", pooled: {plan.pool}" if plan.pool else "")
+    lines = {
+        "record": f"{record.folder}, {'complete' if record.complete else 'not complete: the same command goes on'}",
+        "record_id": record.record_id,
+        "rows": f"{len(record):,} of {record.n_documents:,} documents; {kept}",
+        "size": f"{record.n_bytes:,} bytes as {plan.codec}",
+        "model": f"{made_by.model_name}, {made_by.dtype}, {made_by.attention} attention",
+        "weights": made_by.weights,
+        "tokenizer": made_by.tokenizer or "not recorded",
+        **{site: f"({len(record):,}, {record.dim(site)}) {_dtype(record, site)}" for site in record.sites},
+    }
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        print(f"{name:<{width}} {value}")
+
+
+def _dtype(record: Record, site: str) -> str:
+    return str(record.dtype(site)).removeprefix("torch.")
+
+
 def _summary(info: SnapshotInfo) -> dict[str, str]:
     said = info.as_dict()
     made_by = said["provenance"]
@@ -25,7 +65,10 @@ def _summary(info: SnapshotInfo) -> dict[str, str]:
         "file": f"{info.path}, format {said['format_version']}, {said['writer']}",
         "state_id": info.state_id,
         "tokens": f"{info.n_tokens} ({said['prompt_length']} of them the prompt), batch of {said['batch_size']}",
-        "cache": f"{said['n_layers']} layers ({', '.join(said['families'])}), {said['n_cached']} tokens cached",
+        "cache": "none, hidden states alone"
+        if said["cache_kind"] == ABSENT
+        else f"{said['n_layers']} layers ({', '.join(said['families'])}), {said['n_cached']} tokens cached",
+        **({"hidden": ", ".join(_hidden(said))} if said["hidden"] else {}),
         "size": f"{info.n_bytes:,} bytes as {info.codec}, {said['ratio']:.3f} times smaller than raw"
         + (", sealed" if info.sealed else ""),
         **(_coding(coding) if coding else {}),
@@ -35,6 +78,12 @@ def _summary(info: SnapshotInfo) -> dict[str, str]:
         "taken": f"{made_by['created']} on {made_by['device']} with {made_by['threads']} threads",
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(made_by["versions"].items())),
     }
+
+
+def _hidden(said: Mapping[str, Any]) -> Iterator[str]:
+    """Streams and sites of hidden states."""
+    for stream, each in said["hidden"].items():
+        yield f"{each['n_rows']} rows of {stream}, {len(each['states'])} sites: {', '.join(each['states'])}"
 
 
 def _coding(coding: Coding) -> dict[str, str]:

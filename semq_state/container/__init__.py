@@ -5,6 +5,7 @@ from __future__ import annotations
 from semq_state.container.header import MANIFEST as MANIFEST
 from semq_state.container.header import MAX_SIGNATURE_BYTES as MAX_SIGNATURE_BYTES
 from semq_state.container.header import SIGNATURE as SIGNATURE
+from semq_state.container.header import SIGNED_SINCE as SIGNED_SINCE
 from semq_state.container.header import Header as Header
 from semq_state.container.header import Section as Section
 from semq_state.container.header import read_header as read_header

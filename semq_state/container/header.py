@@ -21,7 +21,10 @@ MANIFEST = "manifest"
 """The section that describes all others."""
 
 SIGNATURE = "signature"
-"""The section, the last one, that vouches for all before it; since format version 4."""
+"""The section, the last one, that vouches for all before it."""
+
+SIGNED_SINCE = 4
+"""The first format version that has one."""
 
 MAX_SIGNATURE_BYTES = 1 << 20
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgpack
 
 from semq_state import content
-from semq_state.container.header import MANIFEST, MAX_SIGNATURE_BYTES, SIGNATURE, Header, shown
+from semq_state.container.header import MANIFEST, MAX_SIGNATURE_BYTES, SIGNATURE, SIGNED_SINCE, Header, shown
 from semq_state.container.joint import JointEntry, all_sections, joint_of
 from semq_state.content import DTYPES, TensorSpec
 from semq_state.errors import FormatError, IntegrityError
@@ -223,7 +223,7 @@ def _hold_against_header(manifest: Manifest, header: Header, check: Check) -> No
         used.append(section.section)
         if section.section not in header.sections:
             raise check.broken(f"section {shown(section.section)} for {shown(joint.names)}", "none")
-    if manifest.format_version > 3 and SIGNATURE in header.sections:
+    if manifest.format_version >= SIGNED_SINCE and SIGNATURE in header.sections:
         _check_signature(header, check)
         used.append(SIGNATURE)
     if sorted(used) != sorted(header.sections):

@@ -23,6 +23,8 @@ from semq_state.symbolic import Group, Policy, prefix_of
 Codec = str | AbstractCodec | AbstractVectorCodec | Transform | Policy
 """What `save` takes: a preset or another word, or the value of a codec or policy."""
 
+_VALUES = (AbstractCodec, AbstractVectorCodec, Transform, Policy)
+
 EMBEDDED_CALIBRATION = f"{EMBEDDED}calibration."
 
 _TABLE = "table"
@@ -59,6 +61,23 @@ class Form:
     def own_specs(self) -> dict[str, TensorSpec]:
         """Specs of the tensors that are part of the state, not only carried along."""
         return {n: s for n, s in content.specs_of(self.tensors) if not n.startswith(EMBEDDED)}
+
+
+def check_codec(codec: Codec) -> None:
+    """Refuses what `save` takes for no codec, before any work is spent.
+
+    Raises:
+        UnknownCodecError: it is none.
+    """
+    lossless = [*codecs.PRESETS, predicted.PRESET]
+    known = codec in lossless or symbolic.is_lossy(codec) if isinstance(codec, str) else isinstance(codec, _VALUES)
+    if not known:
+        raise UnknownCodecError(
+            "codec",
+            expected=f"one of {', '.join(lossless)}, {symbolic.words()}, or a codec value",
+            found=f"{codec!r:.80}",
+            do="choose one",
+        )
 
 
 def form_of(
@@ -197,14 +216,8 @@ def _policy(snapshot: Snapshot, codec: Codec, calibration: Calibration | None) -
         return codec.id, symbolic.everywhere(codec)
     if isinstance(codec, Transform):
         return codec.id, Policy(transform=codec)
-    if not isinstance(codec, str) or not symbolic.is_lossy(codec):
-        lossless = ", ".join([*codecs.PRESETS, predicted.PRESET])
-        raise UnknownCodecError(
-            "codec",
-            expected=f"one of {lossless}, {symbolic.words()}, or a codec value",
-            found=f"{codec!r:.80}",
-            do="choose one",
-        )
+    check_codec(codec)
+    assert isinstance(codec, str)
     return codec, symbolic.policy_for(codec, calibration, snapshot.provenance.model_name)
 
 

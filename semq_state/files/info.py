@@ -70,6 +70,10 @@ class SnapshotInfo:
             "cache_kind": structure["cache"]["kind"],
             "families": sorted({layer["family"] for layer in layers}),
             "checkpoints": [checkpoint["n_tokens"] for checkpoint in structure.get("checkpoints", [])],
+            "hidden": {
+                stream: {**said, "n_rows": tensors[f"hidden.{stream}.rows"].spec.shape[0]}
+                for stream, said in structure.get("hidden", {}).items()
+            },
             "n_bytes": self.n_bytes,
             "raw_bytes": self.raw_bytes,
             "cache_bytes": self.cache_bytes,

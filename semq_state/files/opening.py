@@ -251,3 +251,14 @@ def _check_tokens(manifest: Manifest, where: str) -> None:
             found=f"{ids}, {finished}",
             do="use another copy",
         )
+    hidden = manifest.structure.get("hidden", {})
+    rows = {f"hidden.{stream}.rows" for stream in hidden} if type(hidden) is dict else set()
+    for name in sorted(rows):
+        entry = manifest.tensors.get(name)
+        if entry is None or entry.spec.dtype != "I64" or len(entry.spec.shape) != 2 or entry.spec.shape[1] != 2:
+            raise FormatError(
+                f"{where}, manifest",
+                expected=f"I64 {name:.80} (n, 2)",
+                found=f"{entry.spec if entry else None}",
+                do="use another copy",
+            )

@@ -48,10 +48,10 @@ class AlreadyEnded(StoppingCriteria):  # type: ignore[misc]
     """Keeps the rows ended that had ended before an interruption."""
 
     def __init__(self, ended: torch.Tensor) -> None:
-        self._ended = ended
+        self.ended = ended
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return self._ended
+        return self.ended
 
 
 class EndedRowsPadding(LogitsProcessor):  # type: ignore[misc]

@@ -39,23 +39,29 @@ _NEEDED = (
     NEXT_INPUTS,
 )  # fmt: skip
 
+_MODEL = ("config", "named_modules", "num_parameters", "dtype")
+
 _MISSING = object()
 
 
-def base_model(model: Any) -> Any:
+def base_model(model: Any, *, generates: bool = True) -> Any:
     """The `PreTrainedModel` inside `model`: itself, or what an adapter or `torch.compile` wraps.
 
+    Args:
+        model: the model, or a wrapper around it.
+        generates: whether it has to be able to; an encoder is not.
+
     Raises:
-        UnsupportedModelError: there is none that can generate.
+        UnsupportedModelError: there is none, or none that can generate.
     """
     # A compiled wrapper hands attributes through in one direction only; hooks set there would stay for ever.
     inner = getattr(model, "_orig_mod", model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    lacking = _lacking(inner)
+    lacking = _lacking(inner) if generates else [name for name in _MODEL if not hasattr(inner, name)]
     if lacking:
         raise UnsupportedModelError(
             type(model).__name__,
-            expected="a transformers model that can generate",
+            expected=f"a transformers model{' that can generate' if generates else ''}",
             found=f"no {', '.join(lacking)}",
             do="pass a model of transformers 5.23 or later, from AutoModelForCausalLM say",
         )
@@ -70,7 +76,7 @@ def generators(model: Any) -> dict[str, Any]:
     return {
         path: module
         for path, module in model.named_modules()
-        if module is model or (hasattr(module, LOGITS_PROCESSORS) and not _lacking(module))
+        if hasattr(module, LOGITS_PROCESSORS) and not _lacking(module)
     }
 
 

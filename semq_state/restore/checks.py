@@ -20,7 +20,7 @@ from semq_state.generation.trees import put_together
 from semq_state.provenance import IDENTITY, advice, identity_differences
 from semq_state.restore.beams import check_search
 from semq_state.restore.next_step import n_tokens
-from semq_state.snapshot import CacheState, GenerationState, Snapshot
+from semq_state.snapshot import ABSENT, CacheState, GenerationState, Snapshot
 
 _HEADS = ("num_key_value_heads", "head_dim")
 
@@ -77,6 +77,21 @@ def check_model(
             stacklevel=3,
         )
     return tuple(d for d in differences if d.name != "weights" or "weights" not in allow)
+
+
+def check_goes_on(snapshot: Snapshot) -> None:
+    """Refuses what was never meant to go on.
+
+    Raises:
+        IncompleteStateError: it holds hidden states alone.
+    """
+    if snapshot.cache.kind == ABSENT:
+        raise IncompleteStateError(
+            "cache",
+            expected="a state of a generation",
+            found="hidden states alone",
+            do="read them from snapshot.hidden; to go on, capture model.generate and keep its cache",
+        )
 
 
 def check_state(snapshot: Snapshot, model: Any) -> None:

@@ -260,8 +260,9 @@ def restore(snapshot: Snapshot, model: Any, *, tokenizer: Any = None, allow: Col
         >>> resumed = sq.restore(sq.load("chat.safetensors"), model)  # doctest: +SKIP
         >>> tokens = resumed.generate(max_new_tokens=100)  # doctest: +SKIP
     """
-    from semq_state.restore.checks import check_model, check_state
+    from semq_state.restore.checks import check_goes_on, check_model, check_state
 
+    check_goes_on(snapshot)
     inner = base_model(model)
     accepted = check_model(snapshot, inner, tokenizer=tokenizer, allow=allow, wrapper=model)
     check_state(snapshot, inner)

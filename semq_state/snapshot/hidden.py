@@ -13,13 +13,10 @@ from semq_state.errors import IncompleteStateError, UnsupportedOperationError
 from semq_state.snapshot.cache import Tensors
 
 SEQUENCE, ENCODER = "sequence", "encoder"
-"""Names of the streams of tokens that a model may have: what it reads or writes, and what an encoder beside reads."""
+"""The streams of tokens that a model may have: what it reads or writes, and what an encoder beside reads."""
 
 MAX_POSITION = 1 << 32
 """Positions and documents are smaller, so that both fit into one int64."""
-
-CROPPED = ("all", "generated", "chosen")
-"""Choices of tokens that do not depend on how many follow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +29,8 @@ class HiddenRows:
             pooled over a document stands at position 0.
         token_ids: the token at which each row stands, `(n,)` int64; -1 where it is pooled or has no id.
         states: the name of each site, `hidden_states.12` or the path of a module, to its states, `(n, dim)`.
-        tokens: which were kept: `all`, `generated`, `chosen` (by a rule that looks at each alone), or `last` and
-            `slice`, which depend on how many there are.
+        tokens: which were kept: `all`, `generated`, `last`, positions as in a slice (`0:64:`, `-8::`), or `chosen`
+            by a rule that looks at each alone.
         pool: `mean` or `last` over each document; empty where each token has its own row.
     """
 
@@ -59,8 +56,12 @@ class HiddenRows:
         start, stop = int(at[0]), int(at[-1]) + 1
         return self._mapped(lambda t: t[start:stop])
 
-    def check(self, where: str) -> None:
+    def check(self, where: str, n_documents: int = MAX_POSITION) -> None:
         """Refuses tensors that do not belong together; for what a file tells.
+
+        Args:
+            where: what they are called.
+            n_documents: documents are smaller.
 
         Raises:
             IncompleteStateError: they do not.
@@ -79,6 +80,8 @@ class HiddenRows:
         ids = self.rows
         if n and (int(ids.min()) < 0 or int(ids.max()) >= MAX_POSITION or not bool((keys(ids).diff() > 0).all())):
             raise _wrong(f"{where}.rows", "(document, position), increasing from 0", "others")
+        if n and int(ids[-1, 0]) >= n_documents:
+            raise _wrong(f"{where}.rows", f"documents below {n_documents}", str(int(ids[-1, 0])))
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """Every tensor under its name in a file."""
@@ -95,7 +98,7 @@ class HiddenRows:
         Raises:
             UnsupportedOperationError: what was kept cannot be told for fewer tokens.
         """
-        if self.pool or self.tokens not in CROPPED:
+        if self.pool or self.tokens == "last" or "-" in self.tokens:
             raise UnsupportedOperationError(
                 "hidden states",
                 expected="a row for each token",
