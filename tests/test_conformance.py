@@ -85,6 +85,10 @@ class TestSemqQuantCentred(VectorCodecTests):
     codec, other, tolerance = Semq(parameter=64, c=4.0, centred=True), Semq(), 0.02
 
 
+class TestSemqQuantScaled(VectorCodecTests):
+    codec, other, tolerance = Semq(centred=True, scaled=True), Semq(centred=True), 0.105
+
+
 class TestSemqPhase(VectorCodecTests):
     codec, other, tolerance = Semq(operator="phase"), Semq(operator="phase", parameter=32), 0.5
     dims = (4, 8, 64)

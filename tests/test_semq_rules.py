@@ -265,6 +265,8 @@ CODECS: dict[str, Semq] = {
     "quant-2": Semq(parameter=2),
     "quant-3": Semq(parameter=3, c=2.0, renormalised=True),
     "quant-64-centred": Semq(parameter=64, centred=True),
+    "quant-8-scaled": Semq(scaled=True),
+    "quant-8-centred-scaled": Semq(centred=True, scaled=True),
     "phase": Semq("phase"),
     "phase-256-centred": Semq("phase", 256, centred=True),
     "orbit": Semq("orbit"),
@@ -292,6 +294,37 @@ def test_errors_on_gaussian_vectors(bits: int) -> None:
     plain = error(Semq(parameter=bins, renormalised=False), values[:, :64])
     assert (renormalised < plain) == (bits > 2)
     assert error(Semq(parameter=bins), values[:, :64]) == min(renormalised, plain)
+
+
+def test_scaling_keeps_small_channels_beside_large_ones() -> None:
+    values = gaussian(400, 128)
+    values[:, 3] = values[:, 3] * 500 + 2000
+    values[:, 70] *= 80
+    small = [i for i in range(128) if i not in (3, 70)]
+
+    def lost(codec: Semq) -> float:
+        restored = codec.decode(codec.encode(values), tuple(values.shape))
+        return float((values - restored)[:, small].square().mean() / values[:, small].square().mean())
+
+    assert lost(Semq(centred=True)) > 0.9
+    assert lost(Semq(centred=True, scaled=True)) < 0.02
+    scales = Semq(centred=True, scaled=True).encode(values).exact["scales"]
+    assert torch.allclose(scales, values.std(0, correction=0), rtol=1e-4)
+
+
+def test_scales_out_of_their_limits_are_refused() -> None:
+    codec, values = Semq(scaled=True), gaussian(5, 8)
+    symbolic = codec.encode(values)
+    assert codec.encode(values * 0).exact["scales"].tolist() == [1.0] * 8
+    for bad in (0.0, -1.0, 1e-31, float("nan"), float("inf")):
+        exact = {**symbolic.exact, "scales": torch.full((8,), bad)}
+        with pytest.raises(IntegrityError, match="scales"):
+            codec.decode(dataclasses.replace(symbolic, exact=exact), (5, 8))
+    for exact in ({"norms": symbolic.exact["norms"]}, {**symbolic.exact, "scales": torch.ones(7)}):
+        with pytest.raises(IntegrityError):
+            codec.decode(dataclasses.replace(symbolic, exact=exact), (5, 8))
+    with pytest.raises(IntegrityError):
+        codec.decode(dataclasses.replace(symbolic, params={**symbolic.params, "scaled": False}), (5, 8))
 
 
 def test_best_range() -> None:

@@ -34,6 +34,7 @@ PARAMETERS = {"quant": 8, "phase": 16, "orbit": 50}
 
 _MAX = np.finfo(np.float32).max
 _HALF = np.finfo(np.float16)
+_SMALLEST_SCALE = 2.0**-100  # below, what is divided by it might overflow
 _ZERO = -1.0  # the norm that stands for a vector of zeros among centred ones
 
 Floats = NDArray[np.float32]
@@ -54,6 +55,8 @@ class Semq(AbstractVectorCodec):
         centred: whether each channel's mean over the tokens is subtracted first, and stored: keys have strong ones.
         renormalised: whether the decoded direction is scaled to norm 1. None does so where it lowers the error:
             `quant` with at least 4 bins, and `phase`, which cannot do without.
+        scaled: whether each channel's root mean square over the tokens, after centring, is divided out first, and
+            stored: some channels of hidden states are a hundred times as large as others, and would be cut off.
     """
 
     id: ClassVar[str] = "semq"
@@ -62,6 +65,7 @@ class Semq(AbstractVectorCodec):
     c: float | None = None
     centred: bool = False
     renormalised: bool | None = None
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         if self.operator not in OPERATORS:
@@ -70,8 +74,9 @@ class Semq(AbstractVectorCodec):
             raise ValueError(f"`parameter` must be a positive int, got {self.parameter!r}")
         if self.c is not None and (self.operator != "quant" or not 1 / 16 <= self.c <= 256):
             raise ValueError(f"`c` must be 1/16 to 256, and is for quant only, got {self.c!r} for {self.operator}")
-        if not isinstance(self.centred, bool) or not isinstance(self.renormalised, bool | None):
-            raise ValueError(f"`centred` and `renormalised` must be booleans, got {self!r}")
+        flags = (self.centred, self.scaled, self.renormalised or False)
+        if not all(isinstance(flag, bool) for flag in flags):
+            raise ValueError(f"`centred`, `renormalised` and `scaled` must be booleans, got {self!r}")
         if self.renormalised is False and self.operator == "phase":
             raise ValueError("`renormalised` cannot be False for phase, which forgets the norm")
         _operator(self._params(), 4)  # refuses a `parameter` out of its limits
@@ -93,6 +98,10 @@ class Semq(AbstractVectorCodec):
             exact["means"] = torch.from_numpy(means)
             with np.errstate(all="ignore"):
                 rows = np.clip(tokens - means[..., None, :], -_MAX, _MAX).reshape(rows.shape)
+        if self.scaled:
+            scales = _scales(rows.reshape(tokens.shape))
+            exact["scales"] = torch.from_numpy(scales)
+            rows = (rows.reshape(tokens.shape) / scales[..., None, :]).reshape(rows.shape)
         norms = _norms(rows)
         symbols = np.empty((len(rows), _n_units(operator, dim)), np.uint8)
         for block in blocks(rows) if values.numel() else ():
@@ -107,7 +116,7 @@ class Semq(AbstractVectorCodec):
         check_vectors(self.id, shape)
         operator, params = _recorded(symbolic.params, shape)
         symbols = _checked_symbols(symbolic, operator, shape)
-        norms, means = _checked_exact(symbolic, params["centred"], shape)
+        norms, means, by = _checked_exact(symbolic, params, shape)
         rows = np.empty((len(norms), shape[-1]), np.float32)
         for block in blocks(rows) if rows.size else ():
             decoded = operator.decode(symbols[block])
@@ -118,8 +127,12 @@ class Semq(AbstractVectorCodec):
                 scales = np.minimum(scales / np.maximum(lengths, TINY), _MAX).astype(np.float32)
             with np.errstate(over="ignore"):
                 np.multiply(decoded, scales[:, None], out=rows[block])
-        if means is not None:
+        if by is not None:
             with np.errstate(over="ignore"):
+                rows.reshape(shape)[...] *= by[..., None, :]
+        if means is not None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.clip(rows, -_MAX, _MAX, out=rows)
                 rows.reshape(shape)[...] += means[..., None, :]
             rows[norms == _ZERO] = 0
         return torch.from_numpy(np.clip(rows, -_MAX, _MAX, out=rows)).reshape(shape)
@@ -134,7 +147,7 @@ class Semq(AbstractVectorCodec):
             helps = parameter >= 4
         params["centred"] = self.centred
         params["renormalised"] = helps if self.renormalised is None else self.renormalised
-        return params
+        return params | ({"scaled": True} if self.scaled else {})
 
 
 def _operator(params: Mapping[str, Any], dim: int) -> AbstractOperator:
@@ -154,6 +167,17 @@ def _means(tokens: Floats) -> Floats:
         return np.zeros((*tokens.shape[:-2], tokens.shape[-1]), np.float32)
     means: Floats = np.asarray(tokens.mean(axis=-2, dtype=np.float64)).astype(np.float32)
     return means
+
+
+def _scales(tokens: Floats) -> Floats:
+    """Each channel's root mean square over the tokens, 1 where that is out of float32's normal range."""
+    if not tokens.shape[-2]:
+        return np.ones((*tokens.shape[:-2], tokens.shape[-1]), np.float32)
+    squares = np.einsum("...ij,...ij->...j", tokens, tokens, dtype=np.float64)
+    scales = np.sqrt(squares / tokens.shape[-2])
+    usable = (scales >= _SMALLEST_SCALE) & (scales <= _MAX)
+    found: Floats = np.where(usable, scales, 1).astype(np.float32)
+    return found
 
 
 def _norms(rows: Floats) -> NDArray[Any]:
@@ -221,24 +245,36 @@ def _checked_symbols(symbolic: Symbolic, operator: AbstractOperator, shape: tupl
     return values.contiguous().numpy().reshape(math.prod(shape[:-1]), n_units)
 
 
-def _checked_exact(symbolic: Symbolic, centred: bool, shape: tuple[int, ...]) -> tuple[Floats, Floats | None]:
-    """The norms as float32 `(vectors,)`, and the means where there are any."""
-    exact = symbolic.exact
-    if exact.keys() != ({"norms", "means"} if centred else {"norms"}):
-        raise damaged(Semq.id, "norms, and means when centred", sorted(map(str, exact)))
+def _checked_exact(
+    symbolic: Symbolic, params: Mapping[str, Any], shape: tuple[int, ...]
+) -> tuple[Floats, Floats | None, Floats | None]:
+    """The norms as float32 `(vectors,)`, and the means and scales where there are any."""
+    exact, centred = symbolic.exact, params["centred"]
+    names = {"norms", *(["means"] if centred else []), *(["scales"] if "scaled" in params else [])}
+    if exact.keys() != names:
+        raise damaged(Semq.id, f"{', '.join(sorted(names))}", sorted(map(str, exact)))
     norms = exact["norms"]
     if norms.dtype not in (torch.float16, torch.float32) or norms.shape != shape[:-1]:
         raise damaged(Semq.id, f"norms of {shape[:-1]}", f"{norms.dtype} {tuple(norms.shape)}")
     flat: Floats = norms.float().contiguous().numpy().reshape(math.prod(shape[:-1]))
     if not (np.isfinite(flat) & ((flat >= 0) | (centred & (flat == _ZERO)))).all():
         raise damaged(Semq.id, "finite norms of at least 0", "others")
-    if not centred:
-        return flat, None
-    means = exact["means"]
-    if means.dtype != torch.float32 or means.shape != (*shape[:-2], shape[-1]) or not means.isfinite().all():
+    means, scales = (_checked_channels(exact, name, shape) for name in ("means", "scales"))
+    if scales is not None and not (scales >= _SMALLEST_SCALE).all():
+        raise damaged(Semq.id, f"scales of at least {_SMALLEST_SCALE:.3g}", "others")
+    return flat, means, scales
+
+
+def _checked_channels(exact: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> Floats | None:
+    """A number for each channel of each tensor; None where there are none."""
+    if name not in exact:
+        return None
+    found = exact[name]
+    if found.dtype != torch.float32 or found.shape != (*shape[:-2], shape[-1]) or not found.isfinite().all():
         raise damaged(
             Semq.id,
-            f"finite float32 means of {(*shape[:-2], shape[-1])}",
-            f"{means.dtype} {tuple(means.shape)}",
+            f"finite float32 {name} of {(*shape[:-2], shape[-1])}",
+            f"{found.dtype} {tuple(found.shape)}",
         )
-    return flat, means.contiguous().numpy()
+    channels: Floats = found.contiguous().numpy()
+    return channels

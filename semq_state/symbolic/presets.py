@@ -23,6 +23,9 @@ CODECS: dict[str, AbstractVectorCodec] = {
 }
 """Codecs that can be asked for by their id, with their defaults."""
 
+SCALED = Semq(centred=True, scaled=True)
+"""What `semq` means for hidden states, whose channels differ a hundredfold."""
+
 _TARGET = re.compile(r"(kl|ratio)=(\d*\.?\d+(?:[eE][+-]?\d+)?)")
 
 
@@ -53,7 +56,8 @@ def policy_for(codec: str, calibration: Calibration | None, model: str) -> Polic
         UnknownCodecError: no such word.
     """
     if codec in CODECS:
-        return everywhere(CODECS[codec])
+        policy = everywhere(CODECS[codec])
+        return Policy({**policy.codecs, "hidden": SCALED}) if codec == Semq.id else policy
     target = _TARGET.fullmatch(codec)
     if codec not in KL and not target:
         raise UnknownCodecError("codec", expected=words(), found=f"{codec!r:.80}", do="choose one")
