@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
 
 from semq_state import content, files
-from semq_state.audit.pairing import (
-    Located,
-    check_same_shape,
-    structure_differences,
-    vectors_of,
-    without_padding,
-)
-from semq_state.audit.report import CellDiff, PerToken, TokenDiff
+from semq_state.audit.cells import Rule, located_cell
+from semq_state.audit.cells import percentile as percentile
+from semq_state.audit.diff_records import diff_records
+from semq_state.audit.hidden import compare_hidden
+from semq_state.audit.pairing import Located, check_same_shape, structure_differences, vectors_of
+from semq_state.audit.report import CellDiff, TokenDiff
 from semq_state.audit.report import Diff as Diff
-from semq_state.audit.vectors import Integers, Measured, measure
-from semq_state.codecs.semq_rules import MAX_DIM, Quant, best_range
+from semq_state.audit.sources import Source, loaded, refused
+from semq_state.codecs.semq_rules import Quant, best_range
 from semq_state.errors import Difference, ModelMismatchError
-from semq_state.provenance import advice, identity_differences
+from semq_state.provenance import Provenance, advice, identity_differences
 from semq_state.sealing import Unlock
 from semq_state.snapshot import Snapshot
 
@@ -33,32 +28,35 @@ BINS = 8
 
 
 def diff(
-    a: Snapshot | str | os.PathLike[str],
-    b: Snapshot | str | os.PathLike[str],
+    a: Source,
+    b: Source,
     *,
     across_models: bool = False,
     bins: int = BINS,
     threshold: float = 0.0,
     unlock: Unlock | None = None,
+    progress: files.Progress | None = None,
 ) -> Diff:
     """Compares two states of one model: tokens first, then each layer and kind of state at the positions that both
-    hold. What stands at padding is not compared: it means nothing, and may be anything.
+    hold. What stands at padding is not compared: it means nothing, and may be anything. Hidden states are compared
+    row by row, by (document, position); of records, which are read a block at a time, there is nothing else.
 
     Vectors whose bits differ are compared by symbols (SEMQ's `quant` of their directions, and their norm in steps
     of 2^-11), by cosine and by value.
 
     Args:
-        a: a snapshot or its file; the reference, by which relative errors are taken.
-        b: another.
+        a: a snapshot or its file, or a record or its folder; the reference, by which relative errors are taken.
+        b: another of the same kind.
         across_models: compare states of two models of one shape as well.
         bins: of each sign, 2 to 64; 8 are symbols of 4 bits.
         threshold: relative error of a token's vectors beyond which it counts as parted; at 0 any bit does.
         unlock: what opens sealed files, as `sq.load` takes it.
+        progress: of records: called with the bytes that have been compared, and how many there are in all.
 
     Raises:
         ModelMismatchError: the states are of two models, or of two shapes; every difference is listed.
-        UnsupportedOperationError: `bins` out of its limits.
-        StoreError, FormatError: as `sq.load`, for files.
+        UnsupportedOperationError: `bins` out of its limits, or one is a snapshot and the other a record.
+        StoreError, FormatError: as `sq.load` and `open_record`, for files and folders.
 
     Example:
         >>> report = sq.diff("before.safetensors", "after.safetensors")  # doctest: +SKIP
@@ -69,44 +67,42 @@ def diff(
         raise ValueError(f"`threshold` must be at least 0, got {threshold!r}")
     Quant(1, bins)  # refuses bins out of their limits, before anything is read
     a, b = loaded(a, unlock), loaded(b, unlock)
+    if isinstance(a, Snapshot) != isinstance(b, Snapshot):
+        raise refused(a, b)
     changed = list(identity_differences(a.provenance, b.provenance))
     if changed and not across_models:
         raise ModelMismatchError(
             changed, do="pass across_models=True (CLI --across-models) to compare two models of the same shape"
         )
+    rule = Rule(bins, best_range(bins), float(threshold))
+    origins = (*changed, *advice(a.provenance, b.provenance), *_names(a.provenance, b.provenance))
+    if not isinstance(a, Snapshot) and not isinstance(b, Snapshot):
+        return diff_records(a, b, origins, rule, progress)
+    assert isinstance(a, Snapshot) and isinstance(b, Snapshot)
+    return _of_snapshots(a, b, origins, rule)
+
+
+def _of_snapshots(a: Snapshot, b: Snapshot, origins: tuple[Difference, ...], rule: Rule) -> Diff:
     check_same_shape(a, b)
     left, right = vectors_of(a), vectors_of(b)
     pairs = [(x, right[key]) for key, x in left.items() if key in right]
-    c = best_range(bins)
     padding = _padding(a, b)
     with ThreadPoolExecutor(content.n_workers()) as pool:
-        cells = tuple(pool.map(lambda pair: _cell(pair[0], pair[1], padding, bins, c, threshold), pairs))
+        cells = tuple(pool.map(lambda pair: located_cell(pair[0], pair[1], padding, rule), pairs))
+    hidden = compare_hidden(a, b, rule)
     return Diff(
         a=a.state_id,
         b=b.state_id,
-        bins=bins,
-        c=c,
-        threshold=float(threshold),
+        bins=rule.bins,
+        c=rule.c,
+        threshold=rule.threshold,
         tokens=_tokens(a.generation.input_ids, b.generation.input_ids),
-        cells=cells,
-        others=_others(a, b, {*left, *right}),
-        structure=(*structure_differences(a, b), *_dtypes(pairs)),
-        missing=_missing(left, right, cells),
-        provenance=(*changed, *advice(a.provenance, b.provenance), *_names(a, b)),
+        cells=(*cells, *hidden.cells),
+        others=_others(a, b, {*left, *right}) | hidden.others,
+        structure=(*structure_differences(a, b), *_dtypes(pairs), *hidden.structure),
+        missing=_missing(left, right, cells) | hidden.missing,
+        provenance=origins,
     )
-
-
-def loaded(state: Snapshot | str | os.PathLike[str], unlock: Unlock | None = None) -> Snapshot:
-    """The snapshot itself, or that of a file."""
-    if isinstance(state, Snapshot):
-        return state
-    return files.load(state, unlock=unlock)
-
-
-def percentile(distances: Integers) -> int:
-    """The 99th percentile as SEMQ takes it: the `m - floor(m / 100)`-th smallest of `m`, 0 of none."""
-    m = len(distances)
-    return int(np.partition(distances, m - m // 100 - 1)[m - m // 100 - 1]) if m else 0
 
 
 def _padding(a: Snapshot, b: Snapshot) -> torch.Tensor | None:
@@ -116,63 +112,6 @@ def _padding(a: Snapshot, b: Snapshot) -> torch.Tensor | None:
         return left if right is None else right
     n = min(left.shape[1], right.shape[1])
     return left[:, :n] | right[:, :n]
-
-
-def _cell(a: Located, b: Located, padding: torch.Tensor | None, bins: int, c: float, threshold: float) -> CellDiff:
-    start, stop = max(a.positions.start, b.positions.start), min(a.positions.stop, b.positions.stop)
-    n_tokens = max(0, stop - start)
-    x, y = (each.tensor if a.token_axis is None else _at(each, start, n_tokens) for each in (a, b))
-    n_padding = 0
-    if padding is not None:
-        (x, n_padding), (y, _) = (without_padding(a, each, padding, start) for each in (x, y))
-    found = measure(x, y, a.token_axis, bins, c)
-    dim = x.shape[-1]
-    n_each = math.prod(a.shape_apart_from_tokens[:-1])
-    relative = np.array([_ratio(e, s) for e, s in zip(found.errors, found.squares, strict=True)])
-    beyond = relative > threshold if threshold else found.bits_changed > 0
-    has_tokens = a.token_axis is not None
-    n_all = found.n_vectors - n_padding
-    return CellDiff(
-        where=a.where,
-        name=a.name,
-        kind=a.kind,
-        layer=a.layer,
-        of_sequence=a.of_sequence,
-        n_units=dim + -(-dim // MAX_DIM),
-        n_vectors=n_all,
-        n_only_a=(len(a.positions) - n_tokens) * n_each,
-        n_only_b=(len(b.positions) - n_tokens) * n_each,
-        n_bits_changed=found.n_bits_changed,
-        n_changed=len(found.distances),
-        n_not_finite=found.n_not_finite,
-        hamming=int(found.hamming.sum()),
-        p99=percentile(found.distances),
-        p99_norm=percentile(found.norm_steps),
-        min_cosine=found.min_cosine,
-        mean_cosine=(found.sum_cosine - n_padding) / n_all if n_all else 1.0,
-        relative=_ratio(found.errors.sum(), found.squares.sum()),
-        max_abs=float(found.max_abs.max(initial=0.0)),
-        beyond=bool(beyond.any()),
-        first_token=start + int(beyond.argmax()) if has_tokens and beyond.any() else None,
-        per_token=_per_token(start, found, relative) if has_tokens else None,
-    )
-
-
-def _at(located: Located, start: int, n_tokens: int) -> torch.Tensor:
-    assert located.token_axis is not None
-    first = min(max(0, start - located.offset), len(located.positions))
-    return located.tensor.narrow(located.token_axis, first, n_tokens)
-
-
-def _per_token(start: int, found: Measured, relative: Any) -> PerToken:
-    return PerToken(start, found.hamming, relative, found.max_abs)
-
-
-def _ratio(error: float, square: float) -> float:
-    """A relative error from two squares."""
-    if not error:
-        return 0.0
-    return math.sqrt(error / square) if square and math.isfinite(square) else math.inf
 
 
 def _tokens(a: torch.Tensor, b: torch.Tensor) -> TokenDiff:
@@ -191,7 +130,7 @@ def _others(a: Snapshot, b: Snapshot, vectors: set[str]) -> dict[str, str]:
     left, right = a.tensors(), b.tensors()
     found = {}
     for name in (*left, *(n for n in right if n not in left)):
-        if name in vectors or name == "generation.input_ids" or name.startswith("trace."):
+        if name in vectors or name == "generation.input_ids" or name.startswith(("trace.", "hidden.")):
             continue
         words = _difference(left.get(name), right.get(name))
         if words:
@@ -236,6 +175,6 @@ def _span(positions: range) -> str:
     return f"{positions.start} to {positions.stop - 1}" if positions else "none"
 
 
-def _names(a: Snapshot, b: Snapshot) -> Iterator[Difference]:
-    if a.provenance.model_name != b.provenance.model_name:
-        yield Difference("model_name", a.provenance.model_name, b.provenance.model_name)
+def _names(a: Provenance, b: Provenance) -> Iterator[Difference]:
+    if a.model_name != b.model_name:
+        yield Difference("model_name", a.model_name, b.model_name)

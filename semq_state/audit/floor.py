@@ -17,21 +17,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from semq_state.audit.diff import BINS, diff, loaded
+from semq_state.audit.cells import natural
+from semq_state.audit.diff import BINS, diff
 from semq_state.audit.report import CellDiff, Diff
+from semq_state.audit.sources import Source, identity_of, loaded
 from semq_state.audit.verdict import Verdict
 from semq_state.errors import FloorError
 from semq_state.provenance import IDENTITY
 from semq_state.sealing import Unlock
-from semq_state.snapshot import Snapshot
 
 MARGIN = (2, 8)
 """By how much the floor may be exceeded: a factor, and so many vectors and symbols beside (an eighth of a cell's at
 most). `(1, 0)` is SEMQ's own rule."""
 
 _SMALL = 8  # of a cell with few vectors or symbols, the addend is at most one in so many
-
-State = Snapshot | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -169,8 +168,8 @@ class Floor:
 
 
 def measure_floor(
-    reference: State,
-    nulls: Iterable[State | tuple[str, State]],
+    reference: Source,
+    nulls: Iterable[Source | tuple[str, Source]],
     *,
     bins: int = BINS,
     margin: tuple[int, int] = MARGIN,
@@ -179,9 +178,9 @@ def measure_floor(
     """Measures how far re-runs are from a reference when nothing was changed on purpose.
 
     Args:
-        reference: a snapshot or its file.
-        nulls: snapshots of the same tokens or their files, or pairs of a label and one, as `null_runs` gives them;
-            taken one at a time.
+        reference: a snapshot or its file, or a record of hidden states or its folder.
+        nulls: others of the same kind and tokens, or pairs of a label and one, as `null_runs` gives them; taken one
+            at a time.
         bins: of each sign, of the symbols.
         margin: a factor and an addend by which a candidate may exceed the envelope; `(1, 0)` is SEMQ's own rule.
         unlock: what opens sealed files, as `sq.load` takes it.
@@ -189,6 +188,7 @@ def measure_floor(
     Raises:
         FloorError: there is no null run, or one lacks tokens or layers of the reference; it is named.
         ModelMismatchError: a null run is of another model.
+        UnsupportedOperationError: a null run is a record and the reference a snapshot, or the other way round.
 
     Example:
         >>> floor = sq.measure_floor("reference.safetensors", ["null1.safetensors"])  # doctest: +SKIP
@@ -213,7 +213,7 @@ def measure_floor(
         raise FloorError("floor", expected="at least one null run", found="none", do="run again without a change")
     order = sorted(cells.values(), key=lambda cell: _natural(cell.name))
     return Floor(
-        own.state_id, n_nulls, bins, thousandths(c), tuple(order), tuple(sorted(varied)), (margin[0], margin[1])
+        identity_of(own), n_nulls, bins, thousandths(c), tuple(order), tuple(sorted(varied)), (margin[0], margin[1])
     )
 
 
@@ -235,12 +235,13 @@ def check_margin(margin: Any) -> None:
         )
 
 
-def _labelled(nulls: Iterable[State | tuple[str, State]]) -> Iterator[tuple[str, State]]:
+def _labelled(nulls: Iterable[Source | tuple[str, Source]]) -> Iterator[tuple[str, Source]]:
     for i, null in enumerate(nulls, 1):
         if isinstance(null, tuple):
             yield f"null run {i} ({null[0]})", null[1]
         else:
-            yield f"null run {i}" if isinstance(null, Snapshot) else f"null run {i} ({os.fspath(null)})", null
+            named = f" ({os.fspath(null)})" if isinstance(null, (str, os.PathLike)) else ""
+            yield f"null run {i}{named}", null
 
 
 def _require_same_tokens(report: Diff, label: str) -> None:
@@ -267,6 +268,5 @@ def _require_same_tokens(report: Diff, label: str) -> None:
 
 
 def _natural(name: str) -> tuple[Any, ...]:
-    """Orders `layers.2` before `layers.10`, and what is no layer of the model's own cache last."""
-    parts = [(part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
-    return name.startswith("generation."), parts
+    """Orders what is no layer of the model's own cache last."""
+    return name.startswith("generation."), natural(name)

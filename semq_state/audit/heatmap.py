@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from semq_state.audit.report import CellDiff, Diff
+from semq_state.audit.report import HIDDEN, CellDiff, Diff
 from semq_state.errors import UnsupportedOperationError
 
 MAX_COLUMNS = 1000
@@ -34,7 +34,7 @@ class Panel:
     """One kind of state: rows are layers, columns are tokens or a few of them.
 
     Args:
-        name: `keys`, or with the part of the cache before it, `self.keys`.
+        name: `keys`, or with the part of the cache before it, `self.keys`; of hidden states `hidden.sequence`.
         layers: number of each row's layer.
         start: absolute position of the first token.
         stop: position behind the last.
@@ -59,8 +59,7 @@ def panels_of(report: Diff) -> list[Panel]:
     groups: dict[str, list[CellDiff]] = {}
     for cell in report.cells:
         if cell.per_token is not None and len(cell.per_token.hamming) and cell.layer is not None:
-            prefix = cell.where.removesuffix(f"layers.{cell.layer}")
-            groups.setdefault(prefix.removeprefix("generation.companions.") + cell.name, []).append(cell)
+            groups.setdefault(_group(cell), []).append(cell)
     if not groups:
         raise UnsupportedOperationError(
             "heat map", expected="states with tokens in common", found="none", do="read the table instead"
@@ -91,6 +90,13 @@ def heading(report: Diff) -> str:
     return "; ".join(said) or "no layer differs beyond the threshold"
 
 
+def _group(cell: CellDiff) -> str:
+    if cell.kind == HIDDEN:
+        return cell.where
+    prefix = cell.where.removesuffix(f"layers.{cell.layer}")
+    return prefix.removeprefix("generation.companions.") + cell.name
+
+
 def _panel(name: str, cells: list[CellDiff]) -> Panel:
     spans = [(x.per_token.start, x.per_token.start + len(x.per_token.hamming)) for x in cells if x.per_token]
     start, stop = min(first for first, _ in spans), max(last for _, last in spans)
@@ -101,9 +107,12 @@ def _panel(name: str, cells: list[CellDiff]) -> Panel:
         numbers = cell.per_token
         assert numbers is not None
         n = len(numbers.hamming)
+        n_each = cell.n_vectors // n if numbers.n_vectors is None else numbers.n_vectors
+        with np.errstate(invalid="ignore"):
+            share = numbers.hamming / (n_each * cell.n_units)
         found = {
             "relative": numbers.relative,
-            "share": numbers.hamming / (cell.n_vectors // n * cell.n_units),
+            "share": share,
             "max_abs": numbers.max_abs,
         }
         at = numbers.start - start

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from semq_state.audit.rows import dim_differences
 from semq_state.errors import Difference, ModelMismatchError
 from semq_state.snapshot import CacheState, LayerState, Snapshot
 
@@ -154,6 +155,8 @@ def _shape_differences(a: Snapshot, b: Snapshot) -> Iterator[Difference]:
                 left[key].shape_apart_from_tokens,
                 right[key].shape_apart_from_tokens,
             )
+    for stream in sorted({*a.hidden} & {*b.hidden}):
+        yield from dim_differences(f"hidden.{stream}", a.hidden[stream].states, b.hidden[stream].states)
 
 
 def _cache_differences(a: CacheState, b: CacheState, where: str) -> Iterator[Difference]:
@@ -175,19 +178,24 @@ def _unequal(name: str, a: Any, b: Any) -> Iterator[Difference]:
 
 
 def structure_differences(a: Snapshot, b: Snapshot) -> tuple[Difference, ...]:
-    """Everything in which two states differ that is not a tensor; of long values only their places."""
+    """Everything in which two states differ that is not a tensor; of long values only their places. Which sites
+    have hidden states is left out: each is compared, or missing."""
     ours, theirs = ({name: value for name, value in each.structure().items() if name != "trace"} for each in (a, b))
-    return tuple(_of_values("", ours, theirs))
+    for said in (ours, theirs):
+        streams = said.get("hidden", {}).items()
+        said["hidden"] = {s: {n: x for n, x in each.items() if n != "states"} for s, each in streams}
+    return tuple(value_differences("", ours, theirs))
 
 
-def _of_values(name: str, a: Any, b: Any) -> Iterator[Difference]:
+def value_differences(name: str, a: Any, b: Any) -> Iterator[Difference]:
+    """In what two plain values differ, each place by its path below `name`."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         for key in sorted({*a, *b}, key=str):
             path = f"{name}.{key}" if name else str(key)
-            yield from _of_values(path, a.get(key, _NOTHING), b.get(key, _NOTHING))
+            yield from value_differences(path, a.get(key, _NOTHING), b.get(key, _NOTHING))
     elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         for i, (ours, theirs) in enumerate(zip(a, b, strict=True)):
-            yield from _of_values(f"{name}.{i}", ours, theirs)
+            yield from value_differences(f"{name}.{i}", ours, theirs)
     elif a != b or type(a) is not type(b):
         yield Difference(name, _short(a), _short(b))
 

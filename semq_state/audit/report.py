@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from semq_state.audit.verdict import Verdict
 from semq_state.errors import Difference
+from semq_state.snapshot import ENCODER
 
 if TYPE_CHECKING:
     from semq_state.audit.floor import Floor
@@ -21,22 +22,30 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """Version of `Diff.as_dict`; it grows when a field changes its meaning or goes."""
 
+HIDDEN = "hidden"
+"""The kind of a cell of hidden states, whose vectors are rows (document, position)."""
+
 
 @dataclass(frozen=True)
 class TokenDiff:
-    """Where the tokens of two states part.
+    """Where the tokens of two states, or of two records, part.
 
     Args:
-        n_a: tokens of each row of the first.
+        n_a: tokens of each row of the first; of a record how many rows it has.
         n_b: and of the second.
-        first: of each row, the first position at which they differ; None where one is a prefix of the other.
+        first: of each row, the first position at which they differ; None where one is a prefix of the other. Of
+            records, which may have any number of documents, the earliest position alone.
         values: the two tokens at the earliest of these positions.
+        document: of records, the document that has it; None where tokens do not part.
+        of_records: whether these are two records, whose rows are no batch.
     """
 
     n_a: int
     n_b: int
     first: tuple[int | None, ...]
     values: tuple[int, int] | None = None
+    document: int | None = None
+    of_records: bool = False
 
     @property
     def earliest(self) -> int | None:
@@ -44,16 +53,19 @@ class TokenDiff:
 
     @property
     def row(self) -> int | None:
-        """The row that parts first."""
-        return None if self.earliest is None else self.first.index(self.earliest)
+        """The row, or the record's document, that parts first."""
+        if self.earliest is None or self.of_records:
+            return self.document
+        return self.first.index(self.earliest)
 
     def as_dict(self) -> dict[str, Any]:
-        return {
+        said = {
             "n_a": self.n_a,
             "n_b": self.n_b,
             "first": list(self.first),
             "values": list(self.values) if self.values else None,
         }
+        return {**said, "document": self.document} if self.of_records else said
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,20 +77,24 @@ class PerToken:
         hamming: sum of the Hamming distances of its vectors.
         relative: norm of the difference by the norm of the first side's; infinite for NaN and infinity.
         max_abs: largest absolute difference.
+        n_vectors: vectors compared at each position, where they are not as many at all; where there are none, the
+            other numbers are NaN, and `hamming` is 0.
     """
 
     start: int
     hamming: NDArray[np.int64]
     relative: NDArray[np.float64]
     max_abs: NDArray[np.float64]
+    n_vectors: NDArray[np.int64] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {
+        said = {
             "start": self.start,
             "hamming": self.hamming.tolist(),
             "relative": [_number(x) for x in self.relative.tolist()],
             "max_abs": [_number(x) for x in self.max_abs.tolist()],
         }
+        return said if self.n_vectors is None else {**said, "n_vectors": self.n_vectors.tolist()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +102,10 @@ class CellDiff:
     """How one tensor differs: a layer's keys, say. A vector is one run along its last axis.
 
     Args:
-        where: the layer, `layers.3` or `self.layers.3`, or `generation`.
-        name: the tensor, `keys`.
-        kind: `keys`, `values`, `index`, `latent`, `convolution`, `recurrent`, `logits` or `encoder`.
-        layer: number of the layer in its cache; None outside of one.
+        where: the layer, `layers.3` or `self.layers.3`, or `generation`, or the stream, `hidden.sequence`.
+        name: the tensor, `keys`; of hidden states the site, `hidden_states.3` or the path of a module.
+        kind: `keys`, `values`, `index`, `latent`, `convolution`, `recurrent`, `logits`, `encoder` or `hidden`.
+        layer: number of the layer in its cache; of `hidden_states.N`, which layer N reads, N; None elsewhere.
         of_sequence: whether its tokens are those of the sequence.
         n_units: symbols of a vector, that of its norm among them.
         n_vectors: vectors at positions that both have.
@@ -108,6 +124,8 @@ class CellDiff:
         beyond: whether it differs by more than the threshold anywhere.
         first_token: the first position that does; None for none, and for tensors without tokens.
         per_token: numbers of each position; None for tensors without tokens.
+        first_row: of hidden states, the first row that differs by more than the threshold, (document, position);
+            positions count the document's own tokens, without padding. None for none.
     """
 
     where: str
@@ -132,6 +150,7 @@ class CellDiff:
     beyond: bool
     first_token: int | None
     per_token: PerToken | None = None
+    first_row: tuple[int, int] | None = None
 
     @property
     def key(self) -> str:
@@ -143,9 +162,11 @@ class CellDiff:
         return not (self.n_bits_changed or self.n_only_a or self.n_only_b)
 
     def as_dict(self, *, per_token: bool = False) -> dict[str, Any]:
-        """Plain values for JSON; what is not finite is None."""
-        said: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "per_token"}
+        """Plain values for JSON; what is not finite is None. Only hidden states have a `first_row`."""
+        said: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)[:-2]}
         said = {name: _number(x) if isinstance(x, float) else x for name, x in said.items()}
+        if self.kind == HIDDEN:
+            said["first_row"] = list(self.first_row) if self.first_row else None
         if per_token:
             said["per_token"] = self.per_token.as_dict() if self.per_token else None
         return said
@@ -153,7 +174,7 @@ class CellDiff:
 
 @dataclass(frozen=True, eq=False)
 class Diff:
-    """How two states differ.
+    """How two states, or two records of hidden states, differ.
 
     Args:
         a: identity of the first.
@@ -203,16 +224,13 @@ class Diff:
     def first_cell(self) -> CellDiff | None:
         """The lowest layer's tensor that differs beyond the threshold; of several the one that does so first."""
         found = [cell for cell in self.cells if cell.beyond and cell.layer is not None]
-        # Companions are models of their own: they come last.
-        return min(
-            found,
-            key=lambda x: (
-                x.where.startswith("generation."),
-                x.layer,
-                math.inf if x.first_token is None else x.first_token,
-            ),
-            default=None,
-        )
+        return min(found, key=_order, default=None)
+
+    @cached_property
+    def first_row(self) -> tuple[int, int] | None:
+        """The first row of hidden states, (document, position), that differs beyond the threshold in any site; None
+        for none."""
+        return min((cell.first_row for cell in self.cells if cell.first_row), default=None)
 
     def cell(self, key: str) -> CellDiff:
         """The cell of that name, `layers.3.keys`.
@@ -238,13 +256,14 @@ class Diff:
 
     def as_dict(self, *, per_token: bool = False) -> dict[str, Any]:
         """Plain values for JSON, as `docs/AUDIT.md` says; with `per_token` the numbers of each position as well."""
-        first = self.first_cell
+        first, has_rows = self.first_cell, any(cell.kind == HIDDEN for cell in self.cells)
         return {
             "schema": SCHEMA,
             "equal": self.equal,
             "first_token": self.first_token,
             "first_layer": self.first_layer,
             "first_cell": first.key if first else None,
+            **({"first_row": list(self.first_row) if self.first_row else None} if has_rows else {}),
             "a": self.a,
             "b": self.b,
             "bins": self.bins,
@@ -279,6 +298,18 @@ class Diff:
         from semq_state.audit.heatmap_html import save_html
 
         save_html(self, path, title=title)
+
+
+def _order(cell: CellDiff) -> tuple[Any, ...]:
+    """By which the first cell is found. An encoder runs first; companions are models of their own, and come last.
+    Of one layer its input comes before its keys."""
+    return (
+        not cell.where.startswith(f"{HIDDEN}.{ENCODER}"),
+        cell.where.startswith("generation."),
+        cell.layer,
+        math.inf if cell.first_token is None else cell.first_token,
+        cell.kind != HIDDEN,
+    )
 
 
 def _difference(each: Difference) -> dict[str, str]:

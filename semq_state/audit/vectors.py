@@ -18,8 +18,10 @@ BLOCK = 1 << 15
 NORM_SHIFT = 12
 """Bits of a float32 norm that its symbol leaves out: what stays are relative steps of 2^-11."""
 
+MOST_STEPS = 1 << (31 - NORM_SHIFT)
+"""Between any two norms."""
+
 _NONE = np.zeros(0, np.int64)
-_MOST_STEPS = 1 << (31 - NORM_SHIFT)  # between any two norms
 _MAX = float(np.finfo(np.float32).max)
 
 Floats = NDArray[np.float32]
@@ -45,6 +47,7 @@ class Measured:
         max_abs: of each token, the largest absolute difference; infinite where a vector is not finite.
         min_cosine: the smallest cosine of a vector with its counterpart.
         sum_cosine: the sum of all cosines.
+        same: whether both are the same bytes throughout; then `squares` was not computed, and is 0.
     """
 
     n_vectors: int
@@ -59,6 +62,7 @@ class Measured:
     max_abs: Doubles
     min_cosine: float
     sum_cosine: float
+    same: bool = False
 
 
 def measure(a: torch.Tensor, b: torch.Tensor, axis: int | None, bins: int, c: float) -> Measured:
@@ -75,14 +79,30 @@ def measure(a: torch.Tensor, b: torch.Tensor, axis: int | None, bins: int, c: fl
     n_tokens = 1 if axis is None else a.shape[axis]
     n_each = a.numel() // max(1, n_tokens * a.shape[-1])
     totals = _Totals(n_tokens, n_each)
-    if a.numel() and not _same_bytes(a, b):
+    same = not a.numel() or _same_bytes(a, b)
+    if not same:
         for start, stop, x, y in _blocks(a, b, axis):
             totals.add(start, stop, x, y, bins, c)
-    return totals.measured()
+    return totals.measured(same)
+
+
+def row_squares(rows: torch.Tensor) -> Doubles:
+    """The squared norm of each row of `(n, dim)`, as `measure` tells it of rows that differ; `(n,)`."""
+    rows = rows.detach().cpu()
+    step = max(1, BLOCK // max(1, rows.shape[-1]))
+    blocks = [_squares(_as_float32(rows[start : start + step])) for start in range(0, len(rows), step)]
+    return np.concatenate([np.zeros(0), *blocks])
 
 
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+    if a.dtype != b.dtype:
+        return False
+    x, y = _bits(a), _bits(b)
+    if not (x.is_contiguous() and y.is_contiguous()):
+        return torch.equal(x, y)
+    # More at a time would start torch's own threads, on cores that have work already.
+    x, y = x.view(-1), y.view(-1)
+    return all(torch.equal(x[i : i + BLOCK], y[i : i + BLOCK]) for i in range(0, len(x), BLOCK))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -149,7 +169,7 @@ class _Totals:
         np.add.at(self._errors, where, compared.errors)
         np.maximum.at(self._max_abs, where, compared.max_abs)
 
-    def measured(self) -> Measured:
+    def measured(self, same: bool) -> Measured:
         n = self._n_vectors
         return Measured(
             n_vectors=n,
@@ -164,6 +184,7 @@ class _Totals:
             max_abs=self._max_abs,
             min_cosine=self._min_cosine,
             sum_cosine=n - self._lost_cosine,
+            same=same,
         )
 
 
@@ -203,7 +224,7 @@ def _compared(a: Floats, b: Floats, a_squares: Doubles, bins: int, c: float) -> 
     return _Compared(
         finite,
         np.where(finite, hamming, n_units),
-        np.where(finite, norm_steps, _MOST_STEPS),
+        np.where(finite, norm_steps, MOST_STEPS),
         np.where(finite, np.clip(cosines, -1, 1), 0.0),
         np.where(finite, errors, np.inf),
         np.where(finite, max_abs, np.inf),

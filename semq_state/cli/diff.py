@@ -13,7 +13,8 @@ from rich.table import Table
 import semq_state as sq
 from semq_state.audit.diff import BINS
 from semq_state.audit.floor_files import load_floor
-from semq_state.audit.report import CellDiff, Diff
+from semq_state.audit.report import HIDDEN, CellDiff, Diff
+from semq_state.audit.sources import loaded
 from semq_state.audit.verdict import Verdict
 from semq_state.cli.generating import Json
 from semq_state.cli.progress import bytes_bar
@@ -24,8 +25,8 @@ _MOST_LINES = 12  # of each list of small differences
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="A snapshot, the reference.")],
-    b: Annotated[Path, typer.Argument(help="Another.")],
+    a: Annotated[Path, typer.Argument(help="A snapshot, or a record's folder; the reference.")],
+    b: Annotated[Path, typer.Argument(help="Another of the same kind.")],
     across_models: Annotated[
         bool, typer.Option("--across-models", help="Compare states of two models of the same shape.")
     ] = False,
@@ -52,13 +53,15 @@ def diff(
     states = []
     for path in (a, b):
         with bytes_bar(f"loading {path.name}") as progress:
-            states.append(sq.load(path, unlock=unlock, progress=progress))
-    report = sq.diff(
-        *states,
-        across_models=across_models,
-        bins=limits.bins if limits else bins or BINS,
-        threshold=threshold,
-    )
+            states.append(loaded(path, unlock, progress))
+    with bytes_bar("comparing") as progress:
+        report = sq.diff(
+            *states,
+            across_models=across_models,
+            bins=limits.bins if limits else bins or BINS,
+            threshold=threshold,
+            progress=progress,
+        )
     verdict = report.within(limits) if limits else None
     title = f"{a.name} and {b.name}"
     if png:
@@ -93,18 +96,26 @@ def _show(report: Diff, verdict: Verdict | None) -> None:
 
 def summary(report: Diff) -> str:
     """The answer in one line."""
+    is_record = report.tokens.of_records
+    words = "rows" if is_record else "tokens"
     if report.equal:
-        return f"equal: {report.tokens.n_a} tokens, {len(report.cells)} tensors, bit for bit; {report.a}"
+        return f"equal: {report.tokens.n_a} {words}, {len(report.cells)} tensors, bit for bit; {report.a}"
     tokens, said = report.tokens, []
     if tokens.earliest is not None and tokens.values is not None:
         ours, theirs = tokens.values
-        said.append(f"tokens part at {tokens.earliest} (row {tokens.row}): {ours} ≠ {theirs}")
+        row = f"{'document' if is_record else 'row'} {tokens.row}"
+        said.append(f"tokens part at {tokens.earliest} ({row}): {ours} ≠ {theirs}")
     if tokens.n_a != tokens.n_b:
-        said.append(f"{tokens.n_a} and {tokens.n_b} tokens")
+        said.append(f"{tokens.n_a} and {tokens.n_b} {words}")
     first = report.first_cell
     if first is not None:
         at = "" if report.first_token is None else f"states part at token {report.first_token}, "
         said.append(f"{at}first layer {first.layer} ({first.key})")
+    if report.first_row is not None:
+        document, position = report.first_row
+        cell = next(cell for cell in report.cells if cell.first_row == report.first_row)
+        named = "" if first is not None else f" ({cell.key})"
+        said.append(f"hidden states part at document {document}, position {position}{named}")
     return f"different: {'; '.join(said) or 'not in any layer'}"
 
 
@@ -131,10 +142,16 @@ def _table(report: Diff) -> Table:
     return table
 
 
+def _first(cell: CellDiff) -> str:
+    if cell.kind == HIDDEN:
+        return "" if cell.first_row is None else "document {}, {}".format(*cell.first_row)
+    return "" if cell.first_token is None else str(cell.first_token)
+
+
 def _row(cell: CellDiff) -> tuple[str, ...]:
     return (
         cell.key,
-        "" if cell.first_token is None else str(cell.first_token),
+        _first(cell),
         str(cell.n_vectors),
         str(cell.n_bits_changed),
         str(cell.n_changed),

@@ -13,6 +13,7 @@ import semq_state as sq
 from semq_state.audit.diff import BINS
 from semq_state.audit.floor import MARGIN, Floor
 from semq_state.audit.floor_files import floor_dict, save_floor
+from semq_state.audit.sources import Held, loaded
 from semq_state.cli.generating import Device, Dtype, Json
 from semq_state.cli.progress import bytes_bar, steps_bar
 from semq_state.cli.unlocking import KeyFiles, PassphraseFile, PrivateKeys, unlock_of
@@ -27,9 +28,11 @@ _PROMPT = (
 
 def floor(
     reference: Annotated[
-        Path | None, typer.Argument(help="A snapshot. Or a model, from which one is made with --runs.")
+        Path | None, typer.Argument(help="A snapshot or a record. Or a model, from which one is made with --runs.")
     ] = None,
-    nulls: Annotated[list[Path] | None, typer.Argument(help="Snapshots of null runs of the same tokens.")] = None,
+    nulls: Annotated[
+        list[Path] | None, typer.Argument(help="Snapshots or records of the same tokens, null runs.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where to write the floor, a JSON file.")] = Path("floor.json"),
     runs: Annotated[int, typer.Option(min=0, help="Null runs to make with --model; 20 are a good number.")] = 0,
     model: Annotated[str, typer.Option(help="For --runs: smollm2, a folder, or a hub id.")] = "smollm2",
@@ -66,10 +69,12 @@ def floor(
     unlock = unlock_of(passphrase_file, key_file, private_key)
     if reference is None and not runs:
         raise typer.BadParameter("a reference is made together with its null runs: give --runs")
-    own = None
+    own: Held | None = None
     if reference is not None:
         with bytes_bar(f"loading {reference.name}") as progress:
-            own = sq.load(reference, unlock=unlock, progress=progress)
+            own = loaded(reference, unlock, progress)
+        if runs and not isinstance(own, sq.Snapshot):
+            raise typer.BadParameter("null runs of a record are recordings: make them, and name their folders")
         dtype = own.provenance.dtype if dtype == "auto" else dtype
     live = tokenizer = None
     if runs:
@@ -96,7 +101,7 @@ def _made(live: Any, tokenizer: Any, text: str, n_tokens: int) -> sq.Snapshot:
     return run.snapshot()
 
 
-def _shown(reference: sq.Snapshot, files: list[Path], live: Any, n_runs: int, vary: list[str], seed: int) -> Any:
+def _shown(reference: Held, files: list[Path], live: Any, n_runs: int, vary: list[str], seed: int) -> Any:
     """Files and null runs, with a bar."""
     from semq_state.audit.nulls import AXES, null_runs
 
@@ -110,6 +115,8 @@ def _shown(reference: sq.Snapshot, files: list[Path], live: Any, n_runs: int, va
             for i, path in enumerate(files, 1):
                 yield str(path), path
                 bar(path.name, i, n_all)
+            if not isinstance(reference, sq.Snapshot):
+                return
             made = null_runs(reference, live, n_runs, vary=vary, seed=seed) if n_runs else ()
             for i, (label, snapshot) in enumerate(made, len(files) + 1):
                 yield label, snapshot

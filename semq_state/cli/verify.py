@@ -15,7 +15,7 @@ from semq_state.cli.unlocking import KeyFiles, PassphraseFile, PrivateKeys, unlo
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(help="A snapshot.")],
+    file: Annotated[Path, typer.Argument(help="A snapshot, or a record's folder.")],
     key: Annotated[
         list[Path] | None,
         typer.Option(help="A public key, PEM, whose owner must have signed the file. Of several each must."),
@@ -38,20 +38,20 @@ def verify(
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
-        _show(found)
+        _show(found, "shards" if file.is_dir() else "sections")
     if found.failures or found.vouched is False:
         raise typer.Exit(1)
     if found.unchecked:
         raise typer.Exit(2)
 
 
-def _show(found: sq.Verification) -> None:
+def _show(found: sq.Verification, words: str) -> None:
     if found.failures:
         print(f"damaged: {len(found.failures)} failed")
     elif found.unchecked:
-        print(f"could not be checked: {len(found.unchecked)} of {found.n_sections} sections")
+        print(f"could not be checked: {len(found.unchecked)} of {found.n_sections} {words}")
     else:
-        print(f"whole: {found.n_sections} sections, {found.state_id}")
+        print(f"whole: {found.n_sections} {words}, {found.state_id}")
     for section, words in {**found.failures, **found.unchecked}.items():
         print(f"  {section}: {words}")
     if found.vouched or (found.vouched is None and found.signers):
