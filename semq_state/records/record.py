@@ -360,7 +360,7 @@ class Record:
         held = range(int(np.searchsorted(lasts, low)), int(np.searchsorted(firsts, high)))
         parts = [np.empty(0, np.int64)]
         for number in held:
-            start, stop = np.searchsorted(self._shards.opened(number).keys, [low, high])
+            start, stop = np.searchsorted(self._shards.keys(number), [low, high])
             parts.append(np.arange(start, stop, dtype=np.int64) + self._shards.starts[number])
         return np.concatenate(parts)
 
@@ -375,7 +375,7 @@ class Record:
             at = np.flatnonzero((held == number) & (wanted >= firsts[number]))
             if not len(at):
                 continue
-            keys = self._shards.opened(int(number)).keys
+            keys = self._shards.keys(int(number))
             local = np.searchsorted(keys, wanted[at])
             is_there = keys[local] == wanted[at]
             numbers[at[is_there]] = local[is_there] + self._shards.starts[number]

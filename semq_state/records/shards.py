@@ -60,8 +60,7 @@ class Opened:
     @cached_property
     def keys(self) -> Ints:
         """Row ids as one number each, increasing."""
-        found: Ints = (self.rows[:, 0] << 32) + self.rows[:, 1]
-        return found
+        return keys_of(self.rows)
 
 
 @final
@@ -145,6 +144,13 @@ class Shards:
             return opened.rows, opened.token_ids
         return read_ids(self.folder, self.told[number], self.plan)
 
+    def keys(self, number: int) -> Ints:
+        """Row ids of a shard as one number each, increasing; its states are not read."""
+        with self._lock:
+            if self.is_mapped(number) or number in self._decoded:
+                return self.opened(number).keys
+        return keys_of(read_ids(self.folder, self.told[number], self.plan)[0])
+
     def _decode(self, number: int) -> Opened:
         told, path = self.told[number], self.folder / self.told[number].name
         snapshot = files.load(path)
@@ -154,6 +160,12 @@ class Shards:
         rows = hidden.rows.numpy()
         check_ids(rows, told, str(path))
         return Opened(rows, hidden.token_ids.numpy(), {name: bits_of(t) for name, t in hidden.states.items()})
+
+
+def keys_of(rows: Ints) -> Ints:
+    """Row ids `(n, 2)` as one number each, in the same order."""
+    found: Ints = (rows[:, 0] << 32) + rows[:, 1]
+    return found
 
 
 def bits_of(tensor: torch.Tensor) -> Bits:
@@ -203,6 +215,9 @@ class _Recent(Generic[_T]):
 
     def __init__(self, most: int) -> None:
         self._most, self._held = most, OrderedDict[int, _T]()
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._held
 
     def get(self, number: int, make: Callable[[], _T]) -> _T:
         if number in self._held:

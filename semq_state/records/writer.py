@@ -167,8 +167,8 @@ class RecordWriter:
             StoreError: the disk refused; what was there before is whole, and more can be appended.
         """
         self._require_open("append")
-        self._check_progress(rows, next, n_read, dataset)
         specs = self._check_rows(rows)
+        self._check_progress(rows, next, n_read, dataset)
         number = len(self._shards)
         path = self.folder / shard_name(number)
         info = files.save(self._snapshot(rows), path, codec=self._codec, verify=self._verify)
@@ -249,13 +249,13 @@ class RecordWriter:
         wrong = [
             name
             for name, right in {
-                "next": len(next) == 2 and all(type(x) is int and x >= 0 for x in next),
-                "n_read": type(n_read) is int and n_read >= 0,
+                "next": len(next) == 2 and _is_row(*next),
+                "n_read": type(n_read) is int and 0 <= n_read < 1 << 48,
                 "dataset": is_digest(dataset),
             }.items()
             if not right
         ]
-        if not wrong and len(rows) and key(next) <= key((*rows.rows[-1].tolist(),)):
+        if not wrong and key(next) <= key((*rows.rows[-1].tolist(),)):
             wrong = ["next"]
         if wrong:
             raise UnsupportedOperationError(
@@ -309,6 +309,12 @@ class RecordWriter:
             return {}
         layout = read_layout(self.folder, self._shards[0], self.plan)
         return {name: _row_spec(spec) for name, spec in layout.specs.items()}
+
+
+def _is_row(document: object, position: object) -> bool:
+    if type(document) is not int or type(position) is not int:
+        return False
+    return 0 <= document <= MOST_DOCUMENTS and 0 <= position < MOST_POSITIONS
 
 
 def _row_spec(spec: TensorSpec) -> TensorSpec:
