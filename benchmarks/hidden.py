@@ -21,12 +21,15 @@ from benchmarks.hidden_worker import BATCH, BATCH_TOKENS, LAYERS, paragraphs, wa
 from benchmarks.report import Row, in_process, median, write
 from semq_state.cli.models import load_model
 
-N_TOKENS, N_REPEATS = 12_000, 3
-N_TRAIN, N_TEST = 24_000, 12_000
+N_TOKENS, N_REPEATS = 4_000, 3
+N_TRAIN, N_TEST = 12_000, 6_000
+CAPTURE = (1024, 64, 5)
 LOOP = f"loop, {BATCH} texts at a time"
 PAIRED = {"last layer": ", last layer", "all layers": ", all layers"}
 
 NOTES = """\
+**Capture.** `generate` under `sq.capture`, without and with hidden states of one layer in four; in turns, medians.
+
 **Recording.** {model} in float32 on {threads} threads, the first {n_texts} paragraphs of WikiText-2 test
 ({n_tokens:,} tokens), layers {layers} where nothing else is said. Each way runs in a fresh process {repeats}
 times, in turn with the others; medians. `x loop` is the rate over that of the batched loop with the same
@@ -55,6 +58,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True, help="what probes are trained on")
     parser.add_argument("--tokens", type=int, default=N_TOKENS, help="of the recording")
     parser.add_argument("--repeats", type=int, default=N_REPEATS)
+    parser.add_argument("--capture", type=int, nargs=3, default=CAPTURE, help="prompt, new tokens, repeats")
     parser.add_argument("--probe-tokens", type=int, nargs=2, default=(N_TRAIN, N_TEST))
     parser.add_argument("--layer", type=int, default=16, help="whose states are probed")
     parser.add_argument("--out", type=Path, required=True)
@@ -65,9 +69,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         given = (args.model, str(args.text), str(args.tokens // 2), folder)
         handled = [_rounded(row) for row in in_process("benchmarks.hidden_worker", "handled", *given)]
+    given = (args.model, str(args.text), *map(str, args.capture))
+    captured = [_rounded(row) for row in in_process("benchmarks.hidden_worker", "captured", *given)]
     site = f"hidden_states.{args.layer}"
     probed = list(_told(_task(model, tokenizer, args, site)))
     tables = {
+        "Capture": captured,
         "Recording": speed,
         "Records of all layers": handled,
         f"Size and probe, layer {args.layer} of {n_layers}": probed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import threading
 import time
@@ -127,6 +128,39 @@ def handled(model_name: str, text: str, n_tokens: str, folder: str) -> list[Row]
     return rows
 
 
+def captured(model_name: str, text: str, n_tokens: str, n_new: str, repeats: str) -> list[Row]:
+    """`generate` under a capture, without and with hidden states of one layer in four; in turns, medians."""
+    model, tokenizer = load_model(model_name, dtype="float32")
+    words_of_it = Path(text).read_text(encoding="utf-8")[:60_000]
+    ids = tokenizer(words_of_it, return_tensors="pt")["input_ids"][:, : int(n_tokens)]
+    layers = tuple(range(0, model.config.num_hidden_layers, 4))
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def run(n: int, wanted: sq.HiddenStates | None) -> tuple[float, float]:
+        with sq.capture(model, weights="sampled", hidden_states=wanted):
+            before, cpu = time.perf_counter(), time.process_time()
+            model.generate(ids, max_new_tokens=n, **options)
+            return time.perf_counter() - before, time.process_time() - cpu
+
+    rows = []
+    for words, n in ((f"prefill of {n_tokens} tokens", 1), (f"the same and {n_new} new tokens", int(n_new))):
+        found: dict[str, list[tuple[float, float]]] = {"without": [], "with": []}
+        for i in range(int(repeats) + 1):
+            for name, wanted in (("without", None), ("with", sq.HiddenStates(layers=layers))):
+                times = run(n, wanted)
+                if i:  # the first is for warming up
+                    found[name].append(times)
+        wall, cpu = (
+            {name: statistics.median(times[k] for times in each) for name, each in found.items()} for k in (0, 1)
+        )
+        rows.append({
+            "what": words, "layers": len(layers),
+            "seconds": wall["without"], "seconds, hidden states": wall["with"],
+            "x": wall["with"] / wall["without"], "x, processor time": cpu["with"] / cpu["without"],
+        })  # fmt: skip
+    return rows
+
+
 def _walked(record: Any, seed: int | None, sites: Any = None) -> None:
     for block in record.blocks(1024, seed=seed, sites=sites):
         for states in block.states.values():
@@ -165,5 +199,5 @@ class _Peak:
 
 
 if __name__ == "__main__":
-    ways_in: dict[str, Callable[..., Any]] = {"measured": measured, "handled": handled}
+    ways_in: dict[str, Callable[..., Any]] = {"measured": measured, "handled": handled, "captured": captured}
     print(json.dumps(ways_in[sys.argv[1]](*sys.argv[2:])))

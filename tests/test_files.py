@@ -276,7 +276,7 @@ def test_safetensors_opens_every_file(codec: str, path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {
             "format": "semq_state",
-            "format_version": "4",
+            "format_version": "5",
             "model": "tiny llama ✓",
             "state_id": info.state_id,
         }

@@ -22,6 +22,7 @@ STATE_IDS = {
     "v2": "sha256:1d28bd8c357b09eca898f71a7a377afd4021cabe321cf7d0ad75f72f62b719e4",
     "v3": "sha256:9ec9cd928b2890f6c9ece6178bc886f6957b7bb16b3d5c74002f0a0e775828a6",
     "v4": "sha256:8932a6be193c452d9d1abb9886e48f5756824d7939b4feaf333a49e7add19057",
+    "v5": "sha256:6411f06b6e5087668b4215b353bc0d07049ff5f1329a19e6b0c361046fa4c53b",
 }
 COMPACT = {
     "rotated": "sha256:c5e7753b262d2f7db3bb30d3989cac69278f97f97a429bdf7d697f4c62a3292b",
@@ -30,12 +31,12 @@ COMPACT = {
     "uniform": "sha256:0987e3365702f3272b6b2d958e5ec28531882825c90c9fa08d085c489a34698c",
 }
 PREDICTOR = Path(__file__).parent / "golden" / "predictor-3.safetensors"
-V1, V2, _, V4 = ([path for path in GOLDEN if path.stem.startswith(version)] for version in STATE_IDS)
+V1, V2, _, V4, V5 = ([path for path in GOLDEN if path.stem.startswith(version)] for version in STATE_IDS)
 
 
 def test_there_is_a_file_of_every_version_and_codec() -> None:
     names = {path.stem for path in ALL}
-    new = {f"v3-{codec}" for codec in ("exact-predicted", *COMPACT)} | {"v4-signed"}
+    new = {f"v3-{codec}" for codec in ("exact-predicted", *COMPACT)} | {"v4-signed", "v5-semq"}
     assert names == {f"{v}-{codec}" for v in STATE_IDS for codec in ("exact", "exact-max", "raw")} | new
 
 
@@ -57,6 +58,36 @@ def test_golden_file_of_version_4_is_read(path: Path) -> None:
     assert trace.tokens.tolist() == [[4, 5, 6], [11, 12, 13]]
     assert symbols_of(trace.prints[0], trace.rule).tolist()[1] == [12, 1, 3, 2, 10, 2, 1, 3]
     assert compare_traces(trace, trace).equal
+
+
+@pytest.mark.parametrize("path", V5, ids=lambda path: path.stem)
+def test_golden_file_of_version_5_is_read(path: Path) -> None:
+    hidden = sq.load(path).hidden
+    assert sorted(hidden) == ["encoder", "sequence"]
+    rows = hidden["sequence"]
+    assert rows.rows.tolist() == [[0, 0], [0, 1], [0, 2], [0, 5], [1, 0], [1, 1], [1, 2], [1, 3]]
+    assert rows.token_ids.tolist() == [0, 1, 2, 5, 9, 10, 11, -1]
+    assert (rows.tokens, rows.pool, hidden["encoder"].pool) == ("0::", "", "mean")
+    states = rows.states["hidden_states.2"]
+    assert states[3, 0].isnan() and states[3, 1].isinf()
+    assert torch.allclose(states[4], torch.sin(torch.arange(64.0, 80.0)) * 3, atol=1e-5)
+    assert rows.states["model.layers.0.mlp"].dtype == torch.bfloat16
+    assert hidden["encoder"].states["hidden_states.2"].equal(states[4:6])
+
+
+def test_golden_file_of_hidden_states_as_symbols_is_read() -> None:
+    path = Path(__file__).parent / "golden" / "v5-semq.safetensors"
+    found, exact = sq.load(path), sq.load(path.with_name("v5-exact.safetensors"))
+    assert (
+        found.state_id == "sha256:7627f17945926d0a094cb78e1571b993dbe314cb22df1712fdd05abdf26ebf3f"
+        and sq.verify(path).passed
+    )
+    assert found.coding is not None and found.coding.source == exact.without_cache().state_id
+    for site, states in exact.hidden["sequence"].states.items():
+        decoded = found.hidden["sequence"].states[site]
+        assert decoded[3].nan_to_num(9).equal(states[3].nan_to_num(9)) or site != "hidden_states.2"
+        others = [0, 1, 2, 4, 5, 6, 7]
+        assert torch.nn.functional.cosine_similarity(decoded[others].float(), states[others].float()).min() > 0.97
 
 
 def test_golden_index_file_is_read() -> None:

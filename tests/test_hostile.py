@@ -235,7 +235,7 @@ def test_trailing_bytes_are_refused(n_bytes: int, good: dict[str, bytes], path: 
 def free_text(data: bytes) -> set[int]:
     """Offsets of what no digest covers: names and circumstances for people, which prove nothing (FORMAT.md)."""
     shown = {
-        "header": rb'"(format_version":"4","model":"small)"',
+        "header": rb'"(format_version":"5","model":"small)"',
         "codec": rb"\xa5codec\xa5(exact)",
         "writer": rb"\xa6writer.(.*)\Z",
         "attention": rb"\xa9attention\xa4(sdpa)",
@@ -580,7 +580,7 @@ def tokens(n_tokens: int) -> Change:
 
 MANIFEST_LIES: dict[str, tuple[type[SemqStateError], Change]] = {
     # format
-    "newer format": (FormatError, put("manifest", "format_version", value=5)),
+    "newer format": (FormatError, put("manifest", "format_version", value=6)),
     "older format": (FormatError, put("manifest", "format_version", value=0)),
     "format in text": (FormatError, put("manifest", "format_version", value="1")),
     "format a float": (FormatError, put("manifest", "format_version", value=1.0)),

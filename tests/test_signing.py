@@ -134,7 +134,7 @@ def test_statement_says_bytes_state_and_origin_and_nothing_private(file: Path, p
             "provenance": {**info.manifest.provenance, "config": {"n": 1, "limit": "Infinity"}},
             "codec": "exact",
             "writer": info.manifest.writer,
-            "format_version": 4,
+            "format_version": 5,
             "content_digest": info.manifest.content_digest,
             "report": {},
         },
@@ -669,8 +669,8 @@ def parts(file: Path, pairs: Path) -> tuple[Any, bytes]:
 def _version(version: int) -> Callable[[Any, bytes], tuple[Any, bytes]]:
     def change(header: Any, body: bytes) -> tuple[Any, bytes]:
         number = b"format_version%c"
-        assert body.count(number % 4) == 1
-        return header, body.replace(number % 4, number % version)
+        assert body.count(number % 5) == 1
+        return header, body.replace(number % 5, number % version)
 
     return change
 

@@ -93,16 +93,9 @@ class Hearing:
             self._goes_on = ended_before is not None
             # Their last token is an end that was never to be read.
             self._ended_at = None if ended_before is None else torch.where(ended_before.cpu(), 0, _NEVER)
-        try:
-            self._add(self._listener.take(), input_ids.cpu(), inputs, drafts=drafts)
-        except SemqStateError as error:
-            self._listener.give_up(error)
-            raise
-        done = int(input_ids.shape[1]) + self._prefix - 1
-        ids = ended.cpu()
-        before = torch.full((len(ids),), _NEVER) if self._ended_at is None else self._ended_at
-        self._ended_at = torch.where(ids & (before > done), done, before)
-        self._n_done = done
+        self._add(self._listener.take(), input_ids.cpu(), inputs, drafts=drafts)
+        self._n_done = int(input_ids.shape[1]) + self._prefix - 1
+        self._ended_at = torch.where(ended.cpu(), self._n_done, _NEVER)
 
     def rows(self) -> dict[str, HiddenRows]:
         """What was gathered, by stream.
@@ -167,10 +160,16 @@ class Hearing:
         # The caller's own pass has ended well: nothing of ours may raise in it.
         self._forget()
         try:
-            for each in self._listener.take():
-                if each.stream in self._collectors:
+            passes = self._listener.take()
+            for stream in self._collectors:
+                own = [each for each in passes if each.stream == stream]
+                heard = [each for each in own if each.states] or own[:1]
+                if len(heard) > 1:
+                    raise _refused("one forward pass", f"{len(heard)} in one call")
+                for each in heard:
                     self._add_whole(each, None)
-                self._plain = each if each.stream == SEQUENCE or self._plain is None else self._plain
+            self._plain = next((each for each in passes if each.stream == SEQUENCE), passes[0])
+            self._plain.states.clear()
         except SemqStateError as error:
             self._failure = error
             self._plain = Pass(SEQUENCE)
@@ -191,7 +190,7 @@ class Hearing:
     def _add_whole(self, passed: Pass, n_rows: int | None) -> None:
         """All tokens of a pass: a plain one, or an encoder's in front of a loop over `n_rows` rows."""
         collector = self._collectors.get(passed.stream)
-        if collector is None or not passed.states:
+        if collector is None:
             return
         states = passed.settled()
         _check_heard(states, self._sites, passed.stream)
@@ -203,7 +202,7 @@ class Hearing:
                 found="another mask",
                 do="pass a mask of 0 and 1 for each token",
             )
-        positions = counted(passed.mask, batch, seq)
+        positions = _places(passed, batch, seq)
         ids = passed.input_ids
         ids = ids if ids is not None and ids.shape == positions.shape else None
         documents = torch.arange(batch)
@@ -229,8 +228,10 @@ class Hearing:
         is_pair = inputs.get("encoder_outputs") is not None
         mask = inputs.get("decoder_attention_mask" if is_pair else "attention_mask")
         mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-        if mask is not None and self._n_done is None and not drafts:
-            self._prefix = max(0, int(mask.shape[1]) - n_tokens)  # a prompt of embeddings, which has no ids
+        if self._n_done is None and not drafts and not is_pair:
+            # A prompt of embeddings has no ids; a resume is told of it by what is as long as all tokens.
+            counts = inputs.get("position_ids") if mask is None and self._goes_on else mask
+            self._prefix = 0 if counts is None else max(0, int(counts.shape[-1]) - n_tokens)
         start = self._start(sum(lengths), n_tokens, len(heard), drafts=drafts)
         end = n_tokens + self._prefix - 1
         whole = counted(mask, len(input_ids), end)
@@ -266,7 +267,7 @@ class Hearing:
             return 0
         start = n_wanted - n_heard
         # Without a cache each step reads everything again.
-        if start < 0 or (done is not None and start != done and (start or n_passes != 1)):
+        if start < 0 or (done is not None and start not in (0, done)):
             raise _refused("one forward pass for each step", f"{n_passes}, of {n_heard} tokens in all")
         return start
 
@@ -281,6 +282,23 @@ def counted(mask: torch.Tensor | None, batch: int, seq: int) -> torch.Tensor:
             "attention_mask", expected=f"({batch}, {seq})", found=str(tuple(own.shape)), do="cover every token"
         )
     return torch.where(own, own.cumsum(1) - 1, -1)
+
+
+def _places(passed: Pass, batch: int, seq: int) -> torch.Tensor:
+    """The positions of a pass that read all that it says; of one over a cache those behind what the cache holds."""
+    mask = passed.mask
+    if mask is None or mask.shape[1] == seq or (passed.stream == SEQUENCE and mask.shape[1] < seq):
+        return counted(mask, batch, seq)
+    if passed.stream == SEQUENCE:
+        return counted(mask, batch, mask.shape[1])[:, -seq:]
+    if bool((mask != 0).all()):  # frames of audio, of which an encoder makes fewer states
+        return counted(None, batch, seq)
+    raise IncompleteStateError(
+        "attention_mask",
+        expected=f"({batch}, {seq}), one for each state of the encoder",
+        found=str(tuple(mask.shape)),
+        do="encode one row at a time, without padding",
+    )
 
 
 def refused_beams() -> UnsupportedOperationError:

@@ -28,7 +28,7 @@ from semq_state.generation.companions import (
 )
 from semq_state.generation.processors import Watch, dump_processors
 from semq_state.generation.random import dump_rng
-from semq_state.generation.rows import AlreadyEnded, FollowedCriteria
+from semq_state.generation.rows import FollowedCriteria
 from semq_state.generation.settings import dump_config, encoder_tokens_matter
 from semq_state.generation.trees import take_apart
 from semq_state.provenance import Provenance
@@ -170,10 +170,10 @@ class Recorder:
         self._call.stopping_criteria = list(criteria)
         self._call.given += kwargs.get("stopping_criteria") or ()
         self._call.begin()
+        followed = FollowedCriteria(criteria, self._finished_token)
         if self._hearing:
-            ended = next((each.ended for each in criteria if isinstance(each, AlreadyEnded)), None)
-            self._hearing.begin(self._call.prompt_length, ended)
-        return FollowedCriteria(criteria, self._finished_token)
+            self._hearing.begin(self._call.prompt_length, followed)
+        return followed
 
     def _step_taken(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         updated = self._originals[seams.STEP_TAKEN](outputs, model_kwargs, *args, **kwargs)
@@ -197,6 +197,8 @@ class Recorder:
     def _refuse(self, error: SemqStateError) -> None:
         # The caller's generation goes on; it is told now, while that still helps, and `snapshot` refuses.
         self._call.refused = error
+        if self._hearing:
+            self._hearing.give_up(error)
         if self._tells:
             warnings.warn(f"this run cannot be kept, it goes on all the same: {error}", stacklevel=2)
 

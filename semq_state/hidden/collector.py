@@ -209,7 +209,7 @@ def _take(flat: torch.Tensor, where: torch.Tensor, *, sorts: bool = False) -> to
 
 
 def _summed(ids: torch.Tensor, states: Mapping[str, torch.Tensor], counts: torch.Tensor) -> _Piece:
-    documents, group = ids[:, 0].unique(return_inverse=True)
+    documents, group = torch.unique(ids[:, 0], return_inverse=True)
     summed = {
         name: t.new_zeros(len(documents), t.shape[1]).index_add_(0, group.to(t.device), t)
         for name, t in states.items()
@@ -230,7 +230,7 @@ def _last_of_each(piece: _Piece) -> _Piece:
 
 def _sliced(piece: _Piece, tokens: slice, word: str) -> HiddenRows:
     """The rows of each document that a slice counted from its end means."""
-    _, lengths = piece.ids[:, 0].unique_consecutive(return_counts=True)
+    _, lengths = torch.unique_consecutive(piece.ids[:, 0], return_counts=True)
     starts = lengths.cumsum(0) - lengths
     pairs = zip(starts.tolist(), lengths.tolist(), strict=True)
     where = torch.tensor([start + i for start, n in pairs for i in range(*tokens.indices(n))], dtype=torch.int64)

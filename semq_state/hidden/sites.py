@@ -109,7 +109,9 @@ def streams_of(model: Any, generators: Sequence[torch.nn.Module] = ()) -> Stream
 def _of_stack(stack: Stack, layers: int | Sequence[int] | str) -> Iterator[Site]:
     n = len(stack.blocks)
     stream = ENCODER if stack.name == "encoder" else SEQUENCE
-    wanted = range(n + 1) if isinstance(layers, str) else layers if isinstance(layers, Sequence) else (layers,)
+    wanted: Sequence[int] = range(n + 1)
+    if not isinstance(layers, str):
+        wanted = (layers,) if isinstance(layers, int) else layers
     for number in wanted:
         if not -(n + 1) <= number <= n:
             raise UnsupportedOperationError(

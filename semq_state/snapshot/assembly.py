@@ -13,7 +13,7 @@ from semq_state.errors import IncompleteStateError
 from semq_state.provenance import Provenance
 from semq_state.snapshot.cache import CacheState, LayerState, Tensors
 from semq_state.snapshot.generation import CACHE_ARGUMENT, GenerationState, ProcessorState
-from semq_state.snapshot.hidden import ENCODER, SEQUENCE, HiddenRows
+from semq_state.snapshot.hidden import ENCODER, MAX_DOCUMENT, SEQUENCE, HiddenRows
 from semq_state.snapshot.trace import NAMES as TRACED
 from semq_state.snapshot.trace import Trace
 from semq_state.snapshot.whole import Checkpoint, Snapshot
@@ -50,7 +50,10 @@ def assemble(
     )
     n_rows = int(generation.input_ids.shape[0])
     trace = _trace(left, _field(structure, "trace", dict), n_rows) if "trace" in structure else None
-    hidden = {name: _hidden(left, name, table) for name, table in _optional(structure, "hidden", dict).items()}
+    streams = _optional(structure, "hidden", dict).items()
+    # Without tokens there is no batch whose rows documents could be; a shard of a record is so.
+    n_documents = n_rows if generation.input_ids.numel() else MAX_DOCUMENT
+    hidden = {name: _hidden(left, name, table, n_documents) for name, table in streams}
     if left.tensors:
         raise IncompleteStateError(
             f"{', '.join(sorted(left.tensors)):.200}",
@@ -105,7 +108,7 @@ def _trace(left: _Left, table: Mapping[str, Any], n_rows: int) -> Trace:
     return trace
 
 
-def _hidden(left: _Left, name: str, table: Any) -> HiddenRows:
+def _hidden(left: _Left, name: str, table: Any, n_documents: int) -> HiddenRows:
     if name not in (SEQUENCE, ENCODER) or type(table) is not dict:
         raise TypeError(f"a stream of hidden states is {name!r:.80}, {reprlib.repr(table)}")
     prefix = f"hidden.{name}"
@@ -118,7 +121,7 @@ def _hidden(left: _Left, name: str, table: Any) -> HiddenRows:
     )
     # Structures are put together from nothing first.
     if any(tensor.numel() for tensor in (found.rows, found.token_ids, *found.states.values())):
-        found.check(prefix)
+        found.check(prefix, n_documents)
     return found
 
 

@@ -15,8 +15,8 @@ from semq_state.snapshot.cache import Tensors
 SEQUENCE, ENCODER = "sequence", "encoder"
 """The streams of tokens that a model may have: what it reads or writes, and what an encoder beside reads."""
 
-MAX_POSITION = 1 << 32
-"""Positions and documents are smaller, so that both fit into one int64."""
+MAX_DOCUMENT, MAX_POSITION = 1 << 31, 1 << 32
+"""Documents and positions are smaller, so that both fit into one int64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class HiddenRows:
         start, stop = int(at[0]), int(at[-1]) + 1
         return self._mapped(lambda t: t[start:stop])
 
-    def check(self, where: str, n_documents: int = MAX_POSITION) -> None:
+    def check(self, where: str, n_documents: int = MAX_DOCUMENT) -> None:
         """Refuses tensors that do not belong together; for what a file tells.
 
         Args:
@@ -78,10 +78,10 @@ class HiddenRows:
                     f"{where}.states.{name:.80}", f"floats ({n}, dim)", f"{tensor.dtype} {tuple(tensor.shape)}"
                 )
         ids = self.rows
+        if n and int(ids[:, 0].max()) >= n_documents:
+            raise _wrong(f"{where}.rows", f"documents below {n_documents}", str(int(ids[:, 0].max())))
         if n and (int(ids.min()) < 0 or int(ids.max()) >= MAX_POSITION or not bool((keys(ids).diff() > 0).all())):
             raise _wrong(f"{where}.rows", "(document, position), increasing from 0", "others")
-        if n and int(ids[-1, 0]) >= n_documents:
-            raise _wrong(f"{where}.rows", f"documents below {n_documents}", str(int(ids[-1, 0])))
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """Every tensor under its name in a file."""

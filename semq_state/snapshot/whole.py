@@ -210,7 +210,7 @@ class Snapshot:
             checkpoints=tuple(c for c in self.checkpoints if c.n_tokens < n_tokens),
             trace=self.trace and self.trace.crop(n_tokens),
             hidden={
-                name: each.crop(self._n_seen(n_cached)) if name == SEQUENCE else each
+                name: each.crop(self._n_seen(n_all - n_cut - 1)) if name == SEQUENCE else each
                 for name, each in self.hidden.items()
             },
         )
@@ -348,11 +348,11 @@ class Snapshot:
             hidden={name: each.map(moved) for name, each in self.hidden.items()},
         )
 
-    def _n_seen(self, n_cached: int) -> list[int]:
-        """Of each row how many of its first `n_cached` tokens are no padding."""
+    def _n_seen(self, n_tokens: int) -> list[int]:
+        """Of each row how many of its first `n_tokens` tokens are no padding."""
         padding = self.padding()
-        n_padding = [0] * self.batch_size if padding is None else padding[:, :n_cached].sum(1).tolist()
-        return [n_cached - n for n in n_padding]
+        n_padding = [0] * self.batch_size if padding is None else padding[:, :n_tokens].sum(1).tolist()
+        return [n_tokens - n for n in n_padding]
 
     def _require_croppable(self) -> None:
         state = self.generation

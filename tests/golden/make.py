@@ -17,7 +17,15 @@ from workers import made
 import semq_state as sq
 from semq_state.calibration import save_predictor
 from semq_state.sketch import sketch_rule
-from semq_state.snapshot import CacheState, Checkpoint, GenerationState, LayerState, ProcessorState, Trace
+from semq_state.snapshot import (
+    CacheState,
+    Checkpoint,
+    GenerationState,
+    HiddenRows,
+    LayerState,
+    ProcessorState,
+    Trace,
+)
 
 
 def version_1() -> sq.Snapshot:
@@ -197,6 +205,27 @@ def write_version_4(folder: Path) -> None:
         sq.sign(path, private, inside=True)
 
 
+def version_5() -> sq.Snapshot:
+    """What is new in version 5: hidden states of two streams, with rows left out and NaN."""
+    ramp = torch.arange(8 * 16, dtype=torch.float32).reshape(8, 16)
+    states = torch.sin(ramp) * 3
+    states[3, :2] = torch.tensor([float("nan"), float("inf")])
+    rows = torch.tensor([[0, 0], [0, 1], [0, 2], [0, 5], [1, 0], [1, 1], [1, 2], [1, 3]])
+    sequence = HiddenRows(
+        rows, torch.tensor([0, 1, 2, 5, 9, 10, 11, -1]),
+        {"hidden_states.2": states, "model.layers.0.mlp": states[:, :6].to(torch.bfloat16)}, "0::",
+    )  # fmt: skip
+    encoder = HiddenRows(
+        torch.tensor([[0, 0], [1, 0]]), torch.tensor([-1, -1]), {"hidden_states.2": states[4:6]}, "all", "mean"
+    )
+    return dataclasses.replace(version_1(), hidden={"sequence": sequence, "encoder": encoder})
+
+
+def write_version_5(folder: Path) -> None:
+    """And hidden states alone, as symbols."""
+    sq.save(version_5().without_cache(), folder / "v5-semq.safetensors", codec="semq")
+
+
 def write_symbols(folder: Path) -> None:
     """An index file, whose version is its own. Run by hand: it needs no snapshot."""
     ramp = torch.arange(5 * 8, dtype=torch.float32).reshape(5, 8)
@@ -207,12 +236,14 @@ def write_symbols(folder: Path) -> None:
 
 if __name__ == "__main__":
     here = Path(__file__).parent
-    snapshot = {"1": version_1, "2": version_2, "3": version_3, "4": version_4}[sys.argv[1]]()
+    snapshot = {"1": version_1, "2": version_2, "3": version_3, "4": version_4, "5": version_5}[sys.argv[1]]()
     for codec in ("exact", "exact-max", "raw"):
         sq.save(snapshot, here / f"v{sys.argv[1]}-{codec}.safetensors", codec=codec)
     if sys.argv[1] == "3":
         write_version_3(here)
     if sys.argv[1] == "4":
         write_version_4(here)
+    if sys.argv[1] == "5":
+        write_version_5(here)
     for path in sorted(here.glob(f"v{sys.argv[1]}-*.safetensors")):
         print(path.name, sq.inspect(path).state_id)
