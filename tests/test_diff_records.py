@@ -383,7 +383,7 @@ def test_command_line_answers_and_exit_codes(cli: Any, tmp_path: Path) -> None:
     said = json.loads(out)
     assert (code, said["first_row"], said["tokens"]["document"]) == (1, [3, 0], None)
     assert len(said["cells"][1]["per_token"]["hamming"]) == 12 and (tmp_path / "map.html").stat().st_size
-    sq.save(holding(OWN), tmp_path / "snapshot.safetensors")
+    sq.save(holding(hidden(5)), tmp_path / "snapshot.safetensors")
     code, _, err = cli("diff", at["a"], tmp_path / "snapshot.safetensors")
     assert code == 2 and "two snapshots or two records" in err
     (tmp_path / "none").mkdir()

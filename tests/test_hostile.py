@@ -236,6 +236,8 @@ def free_text(data: bytes) -> set[int]:
     """Offsets of what no digest covers: names and circumstances for people, which prove nothing (FORMAT.md)."""
     shown = {
         "header": rb'"(format_version":"5","model":"small)"',
+        # 4 is a version too, and says the same of a state without hidden states.
+        "version": rb"\xaeformat_version(\x05)",
         "codec": rb"\xa5codec\xa5(exact)",
         "writer": rb"\xa6writer.(.*)\Z",
         "attention": rb"\xa9attention\xa4(sdpa)",
@@ -965,7 +967,7 @@ MANIFEST_BYTES: dict[str, Callable[[bytes], bytes]] = {
     "twice": lambda data: data * 2,
     "unsorted": lambda data: msgpack.packb(dict(reversed(msgpack.unpackb(data).items()))),
     "long length": lambda data: b"\xde\x00" + bytes([data[0] & 15]) + data[1:],
-    "long number": lambda data: data.replace(b"format_version\x04", b"format_version\xcc\x04"),
+    "long number": lambda data: data.replace(b"format_version\x05", b"format_version\xcc\x05"),
     "short float": lambda data: data.replace(b"\xa5top_k\x05", b"\xa5top_k\xca\x40\xa0\x00\x00"),
     "text as bytes": lambda data: data.replace(b"\xa6writer\xb0", b"\xa6writer\xc4\x10"),
     "bytes as key": lambda data: data.replace(b"\x81\xa5top_k\x05", b"\x81\xc4\x05top_k\x05"),
@@ -1111,3 +1113,12 @@ def test_absent_file_is_a_store_error(path: Path) -> None:
     for read in (sq.load, sq.inspect, sq.verify):
         with pytest.raises(StoreError):
             read(path)
+
+
+def test_hidden_states_in_an_earlier_version_are_refused(path: Path) -> None:
+    golden = Path(__file__).parent / "golden" / "v5-exact.safetensors"
+    draft = taken_apart(golden.read_bytes())
+    path.write_bytes(put_together(draft))
+    assert sorted(sq.load(path).hidden) == ["encoder", "sequence"]
+    draft["manifest"]["format_version"] = 4
+    assert_refused(path, put_together(draft), FormatError)

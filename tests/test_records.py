@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_processes import FORKS, is_done, start
@@ -112,7 +112,7 @@ def test_a_record_is_read_as_it_was_written(codec: str, written: dict[str, Path]
         else:
             wanted = torch.cat([sq.load(path).hidden["sequence"].states[site] for path in record.shards])
             assert same(record[site][:], wanted)
-            assert torch.cosine_similarity(wanted.float(), WHOLE.states[site].float()).min() > 0.97
+            assert torch.cosine_similarity(wanted.float(), WHOLE.states[site].float()).min() > 0.96
     assert record.verify() == {}
     assert record.n_bytes == sum(path.stat().st_size for path in record.shards)
     assert str(N) in repr(record) and "complete" in repr(record) and "b.c" in repr(record)
@@ -422,6 +422,7 @@ SLICES = st.builds(slice, BOUNDS, BOUNDS, st.none() | st.integers(-40, 40).filte
 
 @settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=SLICES | st.lists(st.integers(-N, N - 1), max_size=20) | st.integers(-N, N - 1), kind=st.integers(0, 2))
+@example(rows=slice(0, 1, -1), kind=0)
 @pytest.mark.parametrize("codec", ["raw", "exact"])
 def test_rows_by_number(codec: str, rows: Any, kind: int, written: dict[str, Path]) -> None:
     record = opened(written[codec])

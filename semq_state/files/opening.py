@@ -38,6 +38,9 @@ _PROVENANCE: Mapping[str, tuple[type, ...]] = {
 }
 
 
+HIDDEN_SINCE = 5
+"""The first format version that has hidden states."""
+
 MAX_CODED_EXPANSION = 1024
 """Coded tensors take at most so many times the size of their file."""
 
@@ -252,6 +255,13 @@ def _check_tokens(manifest: Manifest, where: str) -> None:
             do="use another copy",
         )
     hidden = manifest.structure.get("hidden", {})
+    if hidden and manifest.format_version < HIDDEN_SINCE:
+        raise FormatError(
+            f"{where}, manifest",
+            expected=f"format version {HIDDEN_SINCE} or later, for it holds hidden states",
+            found=str(manifest.format_version),
+            do="use another copy",
+        )
     rows = {f"hidden.{stream}.rows" for stream in hidden} if type(hidden) is dict else set()
     for name in sorted(rows):
         entry = manifest.tensors.get(name)

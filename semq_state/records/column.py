@@ -79,7 +79,7 @@ class Column:
             raise _refused(self.site, "a slice of numbers", f"{rows!r:.80}") from error
         wanted = range(start, stop, step)
         if step == 1 or not len(wanted):
-            return span_of(self._shards, self.site, start, max(start, stop))
+            return span_of(self._shards, self.site, start, max(start, stop) if step == 1 else start)
         first, last = sorted((wanted[0], wanted[-1]))
         starts = self._shards.starts
         held = np.searchsorted(starts, [first, last], "right") - 1
