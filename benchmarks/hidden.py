@@ -2,7 +2,7 @@
 
     python -m benchmarks.hidden --text test.txt --train valid.txt --out FOLDER
 
-Needs `pip install 'semq-state[bench]'` and the demo model. Takes about half an hour on two cores.
+Needs `pip install 'semq-state[bench]'` and the demo model. Takes about a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.hidden_worker import BATCH, BATCH_TOKENS, LAYERS, paragraphs, wa
 from benchmarks.report import Row, in_process, median, write
 from semq_state.cli.models import load_model
 
-N_TOKENS, N_REPEATS = 4_000, 3
+N_TOKENS, N_REPEATS = 3_000, 2
 N_TRAIN, N_TEST = 12_000, 6_000
 CAPTURE = (1024, 64, 5)
 LOOP = f"loop, {BATCH} texts at a time"

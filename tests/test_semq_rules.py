@@ -312,10 +312,28 @@ def test_scaling_keeps_small_channels_beside_large_ones() -> None:
     assert torch.allclose(scales, values.std(0, correction=0), rtol=1e-4)
 
 
+def test_tokens_far_longer_than_most_do_not_set_the_scales() -> None:
+    values = gaussian(400, 64)
+    sink = torch.zeros(64)
+    sink[5] = 3000.0
+    values[::50] += sink
+    codec = Semq(centred=True, scaled=True)
+    restored = codec.decode(codec.encode(values), (400, 64))
+    cosine = torch.nn.functional.cosine_similarity(values, restored)
+    others = [i for i in range(400) if i % 50]
+    assert cosine[others].min() > 0.98 and cosine[::50].min() > 0.85
+    assert codec.encode(values).exact["scales"].max() < 2
+    quiet = gaussian(400, 64)
+    quiet[:, 9] = 0
+    quiet[7, 9] = 1.0
+    restored = codec.decode(codec.encode(quiet), (400, 64))
+    assert torch.nn.functional.cosine_similarity(quiet, restored)[8:].min() > 0.98
+
+
 def test_scales_out_of_their_limits_are_refused() -> None:
     codec, values = Semq(scaled=True), gaussian(5, 8)
     symbolic = codec.encode(values)
-    assert codec.encode(values * 0).exact["scales"].tolist() == [1.0] * 8
+    assert codec.encode(values * 0).exact["scales"].tolist() == [2.0**-100] * 8
     for bad in (0.0, -1.0, 1e-31, float("nan"), float("inf")):
         exact = {**symbolic.exact, "scales": torch.full((8,), bad)}
         with pytest.raises(IntegrityError, match="scales"):

@@ -34,6 +34,8 @@ PARAMETERS = {"quant": 8, "phase": 16, "orbit": 50}
 
 _MAX = np.finfo(np.float32).max
 _HALF = np.finfo(np.float16)
+_FAR = 4.0  # times the median norm
+_LEAST = 2.0**-20  # of the root mean square of all channels' sizes
 _SMALLEST_SCALE = 2.0**-100  # below, what is divided by it might overflow
 _ZERO = -1.0  # the norm that stands for a vector of zeros among centred ones
 
@@ -57,6 +59,7 @@ class Semq(AbstractVectorCodec):
             `quant` with at least 4 bins, and `phase`, which cannot do without.
         scaled: whether each channel's root mean square over the tokens, after centring, is divided out first, and
             stored: some channels of hidden states are a hundred times as large as others, and would be cut off.
+            Tokens whose norm is more than 4 times the median do not count for means and sizes.
     """
 
     id: ClassVar[str] = "semq"
@@ -93,15 +96,18 @@ class Semq(AbstractVectorCodec):
         operator = _operator(params, dim)
         tokens: Floats = values.detach().contiguous().numpy()
         rows, exact = tokens.reshape(math.prod(values.shape[:-1]), dim), {}
+        typical = _typical(tokens) if self.scaled else None
         if self.centred:
-            means = _means(tokens)
+            means = _means(tokens, typical)
             exact["means"] = torch.from_numpy(means)
             with np.errstate(all="ignore"):
                 rows = np.clip(tokens - means[..., None, :], -_MAX, _MAX).reshape(rows.shape)
         if self.scaled:
-            scales = _scales(rows.reshape(tokens.shape))
+            scales = _scales(rows.reshape(tokens.shape), typical)
             exact["scales"] = torch.from_numpy(scales)
-            rows = (rows.reshape(tokens.shape) / scales[..., None, :]).reshape(rows.shape)
+            with np.errstate(over="ignore"):
+                scaled = rows.reshape(tokens.shape) / scales[..., None, :]
+            rows = np.clip(scaled, -_MAX, _MAX, out=scaled).reshape(rows.shape)
         norms = _norms(rows)
         symbols = np.empty((len(rows), _n_units(operator, dim)), np.uint8)
         for block in blocks(rows) if values.numel() else ():
@@ -161,22 +167,39 @@ def _n_units(operator: AbstractOperator, dim: int) -> int:
     return operator.n_units if dim else 0
 
 
-def _means(tokens: Floats) -> Floats:
-    """Each channel's mean over the tokens, zero where there are none."""
+def _typical(tokens: Floats) -> Floats:
+    """1 for each token that tells how large channels are, `(…, seq)`; 0 for those far longer than most.
+
+    The state of a text's first token is, and would hide all others.
+    """
+    norms = np.sqrt(np.einsum("...ij,...ij->...i", tokens, tokens, dtype=np.float64))
+    if not tokens.shape[-2]:
+        return np.ones(tokens.shape[:-1], np.float32)
+    typical: Floats = np.less_equal(norms, _FAR * np.median(norms, axis=-1, keepdims=True)).astype(np.float32)
+    return typical
+
+
+def _means(tokens: Floats, typical: Floats | None) -> Floats:
+    """Each channel's mean over the tokens, or over typical ones; zero where there are none."""
     if not tokens.shape[-2]:
         return np.zeros((*tokens.shape[:-2], tokens.shape[-1]), np.float32)
-    means: Floats = np.asarray(tokens.mean(axis=-2, dtype=np.float64)).astype(np.float32)
-    return means
+    if typical is None:
+        means: Floats = np.asarray(tokens.mean(axis=-2, dtype=np.float64)).astype(np.float32)
+        return means
+    sums = np.einsum("...i,...ij->...j", typical, tokens, dtype=np.float64)
+    found: Floats = (sums / typical.sum(axis=-1, dtype=np.float64)[..., None]).astype(np.float32)
+    return found
 
 
-def _scales(tokens: Floats) -> Floats:
-    """Each channel's root mean square over the tokens, 1 where that is out of float32's normal range."""
-    if not tokens.shape[-2]:
+def _scales(tokens: Floats, typical: Floats | None) -> Floats:
+    """Each channel's root mean square over typical tokens, but not below a small part of the others'."""
+    if not tokens.size or typical is None:
         return np.ones((*tokens.shape[:-2], tokens.shape[-1]), np.float32)
-    squares = np.einsum("...ij,...ij->...j", tokens, tokens, dtype=np.float64)
-    scales = np.sqrt(squares / tokens.shape[-2])
-    usable = (scales >= _SMALLEST_SCALE) & (scales <= _MAX)
-    found: Floats = np.where(usable, scales, 1).astype(np.float32)
+    squares = np.einsum("...i,...ij,...ij->...j", typical, tokens, tokens, dtype=np.float64)
+    scales = np.sqrt(squares / typical.sum(axis=-1, dtype=np.float64)[..., None])
+    # A channel that is nearly always the same must not blow up where it is not.
+    floor = np.maximum(_SMALLEST_SCALE, _LEAST * np.sqrt(np.mean(scales**2, axis=-1, keepdims=True)))
+    found: Floats = np.clip(scales, floor, _MAX).astype(np.float32)
     return found
 
 
