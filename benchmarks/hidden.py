@@ -39,10 +39,6 @@ list, one `torch.save` at the end; batches are in the order of the text, padded 
 sorts by length in blocks of {blocks} batches of {batch_tokens} tokens, runs no output embeddings and no block
 behind the last that is wanted, and writes shards of 32 MiB, each synced, read again and compared.
 
-**Records.** Of all layers and half as many tokens, raw, in the page cache, best of three; a vector is a row of
-one site. Sums of the values are taken while they are read. `other batches`: the same text in batches half as
-large.
-
 **Size and probe.** The states of layer {site} at {n_train:,} tokens of WikiText-2 valid and {n_test:,} of test.
 The probe is scikit-learn's logistic regression on standardised states and tells the class of the next token:
 {classes} (the {frequent} most frequent words of the training text are a class of their own). `decoded`: trained
@@ -66,9 +62,6 @@ def main() -> None:
     model, tokenizer = load_model(args.model, dtype="float32")
     n_layers = model.config.num_hidden_layers
     speed = _speed(args.model, args.text, args.tokens, args.repeats, n_layers)
-    with tempfile.TemporaryDirectory() as folder:
-        given = (args.model, str(args.text), str(args.tokens // 2), folder)
-        handled = [_rounded(row) for row in in_process("benchmarks.hidden_worker", "handled", *given)]
     given = (args.model, str(args.text), *map(str, args.capture))
     captured = [_rounded(row) for row in in_process("benchmarks.hidden_worker", "captured", *given)]
     site = f"hidden_states.{args.layer}"
@@ -76,7 +69,6 @@ def main() -> None:
     tables = {
         "Capture": captured,
         "Recording": speed,
-        "Records of all layers": handled,
         f"Size and probe, layer {args.layer} of {n_layers}": probed,
     }
     base = probed[0]["accuracy, decoded"] / 100
