@@ -9,6 +9,7 @@
   x UnsupportedModelError       no cache family can take or rebuild this model's state
   x UnsupportedOperationError   the state cannot do what was asked (an impossible crop, say)
   x CalibrationError            a calibrated codec lacks its calibration
+  x QuantizationError           a layer's weights cannot be quantised
   x FloorError                  a noise floor is damaged, edited, or of another reference
   x SignatureError              nobody that we trust vouches for these bytes
   x DecryptionError             the sealed bytes do not open with this key
@@ -95,6 +96,10 @@ class UnsupportedOperationError(SemqStateError, ValueError):
 
 class CalibrationError(SemqStateError, ValueError):
     """A calibration is missing, damaged or belongs to another model."""
+
+
+class QuantizationError(SemqStateError, ValueError):
+    """A layer's weights or inputs are such that it cannot be quantised."""
 
 
 class FloorError(SemqStateError, ValueError):

@@ -8,9 +8,10 @@ import hashlib
 import json
 import platform
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -96,17 +97,21 @@ def weights_digest(model: Any, mode: str = "full") -> str:
     if known and not known.mark.changed(model) and known.guard == _guard(model):
         return known.digest
     mark, guard = mark_weights(model), _guard(model)
-    weights = [(name, t) for name, t in _weights(model)]
+    weights = list(_computing(model))
     # The largest tensors first, so that no core is left alone with one at the end.
-    order = sorted(range(len(weights)), key=lambda i: -weights[i][1].numel() * weights[i][1].element_size())
-    hashes = [""] * len(weights)
+    order = sorted(range(len(weights)), key=lambda i: -weights[i][1])
+    rows: list[list[Any]] = [[] for _ in weights]
     read = _whole if mode == "full" else _sampled
+
+    def row(i: int) -> list[Any]:
+        name, _, take = weights[i]
+        tensor = take()
+        return [name, str(tensor.dtype)[6:], list(tensor.shape), read(tensor)]
+
     with ThreadPoolExecutor(content.n_workers()) as pool:
-        for i, found in zip(order, pool.map(lambda i: read(weights[i][1]), order), strict=True):
-            hashes[i] = found
-    table = [
-        [name, str(t.dtype)[6:], list(t.shape), found] for (name, t), found in zip(weights, hashes, strict=True)
-    ]
+        for i, found in zip(order, pool.map(row, order), strict=True):
+            rows[i] = found
+    table = rows
     whole = hashlib.sha256(content.pack(table)).hexdigest()
     digest = f"{'sha256' if mode == 'full' else 'sampled'}:{whole}"
     _remembered[model][mode] = _Remembered(digest, mark, guard)
@@ -125,7 +130,8 @@ def fingerprint(model: Any, tokenizer: Any = None, *, weights: str = "full", ada
     config = model.config.to_dict()
     text_config = model.config.get_text_config(decoder=True).to_dict()
     described = {**_described(config), "model_class": type(model).__name__}
-    quantization = config.get("quantization_config") or {}
+    held = getattr(model, "semq_weights", None)
+    quantization = config.get("quantization_config") or ({} if held is None else held.provenance())
     return Provenance(
         weights=weights_digest(model, weights) if weights else "",
         config=plain(described),
@@ -189,6 +195,32 @@ def _weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for name in sorted(named):
         if name not in changing:
             yield name, named[name]
+
+
+def _computing(model: Any) -> Iterator[tuple[str, int, Callable[[], torch.Tensor]]]:
+    """Name and size of every weight that the model computes with, and how to get it. A layer that holds symbols
+    (`weights/linear.py`) tells the weights that it stands for, so that one model has one digest however it holds
+    them."""
+    standing = {name: module for name, module in model.named_modules() if hasattr(module, "plain_weights")}
+    found: dict[str, tuple[int, Callable[[], torch.Tensor]]] = {}
+    for name, tensor in _weights(model):
+        owner, _, last = name.rpartition(".")
+        if owner not in standing or last == "bias":
+            found[name] = tensor.numel() * tensor.element_size(), partial(_same, tensor)
+    for owner, module in standing.items():
+        size = module.in_features * module.out_features
+        found[f"{owner}.weight"] = size, partial(_plain, module)
+    for name in sorted(found):
+        yield name, *found[name]
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _plain(module: Any) -> torch.Tensor:
+    found: torch.Tensor = module.plain_weights()["weight"]
+    return found
 
 
 def _recomputes(module: torch.nn.Module) -> bool:

@@ -1,0 +1,1 @@
+"""Quantised weights: the model's own part of a state."""
