@@ -33,12 +33,13 @@ def windows(tokenizer: Any, text: Any, n: int, length: int) -> torch.Tensor:
 
 
 def read(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """The last hidden states of all windows, `(n, length, hidden)`."""
+    """The last hidden states of all windows, `(n, length, hidden)`; logits, where no part of the model makes them."""
     inner = getattr(model, "base_model", model)
     given = {"input_ids": ids.to(model.device)}
     if model.config.is_encoder_decoder:
         given["decoder_input_ids"] = given["input_ids"]
-    found: torch.Tensor = inner(**given, **_without_cache(model)).last_hidden_state
+    out = inner(**given, **_without_cache(model))
+    found: torch.Tensor = out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
     return found
 
 
