@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import semq_state as sq
 from benchmarks.quality_protocol import Code, Pairs, Segment
-from semq_state.codecs import Rotated, Semq, Uniform
+from semq_state.codecs import Neuqi, Rotated, Semq, Septq, Specquant, Uniform
 from semq_state.files.forms import Codec
 
 
@@ -44,6 +44,10 @@ def ours() -> Iterator[Ours]:
     for bits in (4, 3, 2):
         keys, values = Uniform(bits=bits, along="channel", group=64), Uniform(bits=bits, along="token", group=64)
         yield Ours(f"uniform {bits} bits (KIVI)", "uniform", sq.Policy({"keys": keys, "values": values}))
+    for codec in (Neuqi, Septq, Specquant):
+        for bits in (4, 3, 2):
+            channel, token = codec(bits=bits, along="channel"), codec(bits=bits, along="token")
+            yield Ours(f"{codec.id} {bits} bits", codec.id, sq.Policy({"keys": channel, "values": token}))
 
 
 class Files:

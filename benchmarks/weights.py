@@ -4,13 +4,12 @@
 
 Each row is a process of its own. The tables are written after every row; with `--minutes` none is begun after that
 time, and the notes name what was left out. Takes about two hours on two cores. Needs the demo model and
-`pip install 'semq-state[bench]'`; `auto-round` is compared with where it is installed.
+`pip install 'semq-state[bench]'`; with `--peer PYTHON`, a Python that has llmcompressor, its GPTQ is measured too.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from typing import Any
 from benchmarks.report import Row, in_process, write
 
 _WORKER, _PREMISE = "benchmarks.weights_worker", "benchmarks.weights_premise"
-N_WINDOWS, WINDOW, N_EVALUATED, N_DISTILLED = 8, 1024, 8, 24
+N_WINDOWS, WINDOW, N_EVALUATED, N_DISTILLED = 8, 1024, 6, 16
 
 PAPERS: dict[tuple[str, int], str] = {
     ("gptq", 2): "4761", ("gptq", 3): "52.94", ("gptq", 4): "31.31",
@@ -35,11 +34,11 @@ rounded twice. Perplexity: {evaluated} of the 2,048-token windows of WikiText-2 
 Calibration: {windows} windows of {window} tokens of WikiText-2 valid (the papers: 128 of 2,048 of C4). Embeddings
 and output layer stay as they are, as in the papers. `group` 0 is one scale for a row. `bits_per_weight`: what a
 real file of the quantised matrices holds, symbols entropy coded, scales, zero points, kept values and branches
-included, over their number; of auto-round arithmetic. `cpu_seconds`: processor time of quantising; other work ran
-beside it. `peak_mib`: most memory above what the process held with the model loaded. `distillation`: {distilled}
-steps of one window each, on top of the row above; time and memory of these alone. `paper`: OPT-125M in SEPTQ's
-paper, per channel. In the second table the inputs of the layers are rounded to 4 bits too, token by token; in
-`perplexity_kv4` keys and values as well.{left}"""
+included, over their number; of llmcompressor arithmetic. `cpu_seconds`: processor time of quantising; other work
+ran beside it. `peak_mib`: most memory above what the process held with the model loaded; of llmcompressor the whole
+process. `distillation`: {distilled} steps of one window each, on top of the row above; time and memory of these
+alone. `paper`: OPT-125M in SEPTQ's paper, per channel. In the second table the inputs of the layers are rounded to
+4 bits too, token by token; in `perplexity_kv4` keys and values as well.{left}"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ class Run:
     group: int = 0
     activation: int = 0
     distill: int = 0
-    iters: int = 0
 
     @property
     def name(self) -> str:
@@ -60,7 +58,6 @@ class Run:
 
     def arguments(self) -> list[str]:
         told = {"bits": self.bits, "group": self.group, "activation": self.activation, "distill": self.distill}
-        told["iters"] = self.iters
         return ["--method", self.method, *(part for k, v in told.items() for part in (f"--{k}", str(v)))]
 
 
@@ -74,8 +71,8 @@ def runs(with_peer: bool) -> Iterator[Run]:
             for method in ("rtn", "gptq", "septq"):
                 yield Run(WEIGHTS, method, bits, group)
             yield Run(WEIGHTS, "neuqi", bits, group, distill=N_DISTILLED if bits < 4 else 0)
-        if with_peer:
-            yield Run(WEIGHTS, "auto-round", bits, 128)
+        if with_peer and bits < 4:
+            yield Run(WEIGHTS, "llmcompressor", bits)
         if bits == 3:
             for method in ("gptq", "specquant", "rtn"):
                 yield Run(ROUNDED, method, 4, activation=4)
@@ -88,7 +85,7 @@ def runs(with_peer: bool) -> Iterator[Run]:
         yield Run(ROUNDED, method, 4, activation=4)
     yield Run(ROUNDED, "specquant", 4, 128, activation=4)
     if with_peer:
-        yield Run(WEIGHTS, "auto-round", 2, 128, iters=50)
+        yield Run(WEIGHTS, "llmcompressor", 4)
 
 
 def main() -> None:
@@ -99,22 +96,29 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--windows", type=int, nargs=2, default=(N_WINDOWS, WINDOW))
     parser.add_argument("--evaluated", type=int, default=N_EVALUATED, help="windows of the text, 0 for all")
+    parser.add_argument("--peer", default="", help="a Python that has llmcompressor")
     parser.add_argument("--only", default="", help="methods to run, with commas between")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     common = ["--text", str(given.text), "--calibration", str(given.calibration), "--model", given.model]
     common += ["--windows", *map(str, given.windows), "--evaluated", str(given.evaluated)]
+    common += ["--peer", given.peer]
     began, left = time.monotonic(), []
     premise = in_process(_PREMISE, "--text", str(given.text), "--model", given.model)
     whole = in_process(_WORKER, *common)
     rows = [_row(Run(WEIGHTS, "", 16), whole[0])]
-    chosen = [run for run in runs(importlib.util.find_spec("auto_round") is not None)
+    chosen = [run for run in runs(bool(given.peer))
               if not given.only or run.method in given.only.split(",")]  # fmt: skip
     for i, run in enumerate(chosen):
         if time.monotonic() - began > 60 * given.minutes:
             left.append(run.name)
             continue
-        found = in_process(_WORKER, *common, *run.arguments())
+        try:
+            found = in_process(_WORKER, *common, *run.arguments())
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            left.append(f"{run.name} (failed)")
+            continue
         rows += [_row(run, each) for each in found]
         last = rows[-1]
         told = f"{run.name}: {last['perplexity']:.4g}, {last['cpu_seconds']:.0f} s"
@@ -129,7 +133,7 @@ def _written(rows: list[Row], premise: list[Row], left: list[str], given: argpar
         windows=given.windows[0],
         window=given.windows[1],
         distilled=N_DISTILLED,
-        left=f"\nNot run for lack of time: {'; '.join(left)}." if left else "",
+        left=f"\nNot run for lack of time, or failed: {'; '.join(left)}." if left else "",
     )
     tables: dict[str, list[Row]] = {"energy of the lowest frequencies, in percent": premise}
     for name in (WEIGHTS, ROUNDED, PARTS):
@@ -141,7 +145,7 @@ def _written(rows: list[Row], premise: list[Row], left: list[str], given: argpar
 
 def _row(run: Run, found: dict[str, Any]) -> Row:
     method = run.method or "bfloat16"
-    method += f", {run.iters} steps" if run.iters else ""
+    method = "gptq of llmcompressor" if method == "llmcompressor" else method
     row: Row = {
         "of": run.table,
         "method": f"{method} + distillation" if found.get("distill") else method,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import sys
+import os
+import resource
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,14 +16,15 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import DynamicCache
 
-from semq_state.cli.models import load_model
+from semq_state.cli.models import DEMO_MODEL, demo_model_folder, load_model
 from semq_state.quantizers.activations import per_token
 from semq_state.weights import calibrating, distill
 from semq_state.weights.file import inspect_weights, save_weights
-from semq_state.weights.installing import put_matrix
+from semq_state.weights.installing import put, put_matrix
 from semq_state.weights.quantize import quantize
 from semq_state.weights.recipes import METHODS, Recipe
 
@@ -72,14 +74,14 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument(
-        "--method", default="", help="one of VARIANTS, `auto-round`, or none for the model as it is"
+        "--method", default="", help="one of VARIANTS, `llmcompressor`, or none for the model as it is"
     )
     parser.add_argument("--bits", type=int, default=16)
     parser.add_argument("--group", type=int, default=0)
     parser.add_argument("--activation", type=int, default=0)
     parser.add_argument("--embeddings", type=int, default=0)
     parser.add_argument("--distill", type=int, default=0, help="steps; a second row tells what they do")
-    parser.add_argument("--iters", type=int, default=0, help="of auto-round")
+    parser.add_argument("--peer", default="", help="a Python that has llmcompressor")
     parser.add_argument("--windows", type=int, nargs=2, default=(8, 1024), help="how many, of how many tokens")
     parser.add_argument("--evaluated", type=int, default=8, help="windows of the text; 0 for all")
     given = parser.parse_args()
@@ -88,7 +90,7 @@ def main() -> None:
     if not given.method:
         rows = [{"bits_per_weight": 16.0, "cpu_seconds": 0.0, "peak_bytes": 0}]
         rows[0]["perplexity"] = perplexity(model, ids)
-    elif given.method == "auto-round":
+    elif given.method == "llmcompressor":
         rows = [_peer(model, tokenizer, given, ids)]
     else:
         rows = list(_ours(model, tokenizer, given, ids))
@@ -133,15 +135,28 @@ def _ours(model: Any, tokenizer: Any, given: argparse.Namespace, ids: torch.Tens
 
 
 def _peer(model: Any, tokenizer: Any, given: argparse.Namespace, ids: torch.Tensor) -> dict[str, Any]:
-    from benchmarks import weights_peers
-
-    n, length = given.windows
-    options = {"bits": given.bits, "group": given.group, "iters": given.iters, "n_windows": n, "window": length}
-    # It prints as it goes, and the last line of stdout is ours.
-    with Measured() as cost, contextlib.redirect_stdout(sys.stderr):
-        model = weights_peers.run(model, tokenizer, given.calibration.read_text(), **options)
-    told = weights_peers.bits_per_weight(given.bits, given.group, cols=model.config.hidden_size)
-    return {"bits_per_weight": told, **cost.row(), "perplexity": perplexity(model, ids)}
+    """llmcompressor's GPTQ on the same windows, in its own Python; time and memory of that whole process."""
+    script = Path(__file__).with_name("weights_peers.py")
+    with tempfile.TemporaryDirectory() as folder:
+        windows_file, made = Path(folder) / "windows.safetensors", Path(folder) / "made.safetensors"
+        calibrated = calibrating.windows(tokenizer, given.calibration.read_text(), *given.windows)
+        save_file({"ids": calibrated}, windows_file)
+        place = demo_model_folder() if given.model == DEMO_MODEL else given.model
+        command = [given.peer, script, place, windows_file, made, given.bits, given.group]
+        began = time.perf_counter()
+        alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, env=alone)
+        took, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+        for name, weight in load_file(made).items():
+            put(model, f"{name}.weight", weight)
+    cols = model.config.hidden_size if not given.group else given.group
+    return {
+        "bits_per_weight": given.bits + (16 + given.bits) / cols,
+        "seconds": took,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "peak_bytes": used.ru_maxrss * 1024,
+        "perplexity": perplexity(model, ids),
+    }
 
 
 def _size(held: Any) -> dict[str, float]:

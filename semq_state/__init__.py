@@ -21,6 +21,8 @@ from semq_state.audit.signing import sign as sign
 from semq_state.audit.verify import Verification as Verification
 from semq_state.audit.verify import verify as verify
 from semq_state.calibration import Calibration as Calibration
+from semq_state.capsules import open_capsule as open_capsule
+from semq_state.capsules import pack as pack
 from semq_state.capture import capture as capture
 from semq_state.capture import snapshot_of as snapshot_of
 from semq_state.codecs import Transform as Transform
@@ -53,5 +55,6 @@ from semq_state.snapshot import Snapshot as Snapshot
 from semq_state.support import Support as Support
 from semq_state.support import supports as supports
 from semq_state.symbolic import Policy as Policy
+from semq_state.weights.quantize import quantize as quantize
 
 __version__ = "0.1.0"

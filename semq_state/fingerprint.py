@@ -53,7 +53,7 @@ class WeightsMark:
 
     def changed(self, model: Any) -> list[str]:
         """Names of tensors that were added, removed, replaced, or changed in place as far as torch counts."""
-        now = dict(_weights(model))
+        now = dict(weights_of(model))
         return sorted(self.held.keys() ^ now.keys()) + [
             name
             for name, tensor in now.items()
@@ -71,7 +71,7 @@ class _Remembered:
 def mark_weights(model: Any) -> WeightsMark:
     """Remembers which weights `model` holds now, without reading them."""
     _settle(model)
-    return WeightsMark({name: (weakref.ref(t), _version(t)) for name, t in _weights(model)})
+    return WeightsMark({name: (weakref.ref(t), _version(t)) for name, t in weights_of(model)})
 
 
 def weights_digest(model: Any, mode: str = "full") -> str:
@@ -182,7 +182,7 @@ def _library_versions() -> dict[str, str]:
     return {name: version(name) for name in _LIBRARIES}
 
 
-def _weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def weights_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer by name. Buffers that a rotary embedding recomputes as the text grows are left
     out: they follow from the configuration and from the one beside them that stays."""
     changing = {
@@ -203,7 +203,7 @@ def _computing(model: Any) -> Iterator[tuple[str, int, Callable[[], torch.Tensor
     them."""
     standing = {name: module for name, module in model.named_modules() if hasattr(module, "plain_weights")}
     found: dict[str, tuple[int, Callable[[], torch.Tensor]]] = {}
-    for name, tensor in _weights(model):
+    for name, tensor in weights_of(model):
         owner, _, last = name.rpartition(".")
         if owner not in standing or last == "bias":
             found[name] = tensor.numel() * tensor.element_size(), partial(_same, tensor)
@@ -258,7 +258,7 @@ def _sampled(tensor: torch.Tensor) -> str:
 def _guard(model: Any) -> str:
     """A digest of a few values from all over each weight, read in about a millisecond per hundred weights."""
     found = hashlib.sha256()
-    for _, tensor in _weights(model):
+    for _, tensor in weights_of(model):
         flat = _readable(tensor).reshape(-1)
         found.update(content.raw_bytes(flat[:: max(1, flat.numel() // _GUARD_VALUES)]).data)
     return found.hexdigest()

@@ -20,11 +20,14 @@ from semq_state.codecs import (
     AbstractVectorCodec,
     Bits,
     Encoded,
+    Neuqi,
     Pco,
     Planes,
     Raw,
     Rotated,
     Semq,
+    Septq,
+    Specquant,
     Symbolic,
     Symbols,
     Uniform,
@@ -109,6 +112,30 @@ class TestUniformByChannel(VectorCodecTests):
 
 class TestUniformSymmetric(VectorCodecTests):
     codec, other, tolerance = Uniform(bits=8, symmetric=True, group=7), Uniform(), 0.01
+
+
+class TestNeuqi(VectorCodecTests):
+    codec, other, tolerance = Neuqi(), Neuqi(bits=8, along="channel"), 0.175
+
+
+class TestNeuqiByChannel(VectorCodecTests):
+    codec, other, tolerance = Neuqi(bits=2, along="channel", group=5), Neuqi(), 0.2
+
+
+class TestSeptq(VectorCodecTests):
+    codec, other, tolerance = Septq(), Septq(bits=8, along="channel", share=0.0), 0.175
+
+
+class TestSeptqByChannel(VectorCodecTests):
+    codec, other, tolerance = Septq(bits=2, along="channel", group=5, share=0.3), Septq(), 0.2
+
+
+class TestSpecquant(VectorCodecTests):
+    codec, other, tolerance = Specquant(), Specquant(bits=8, along="channel", budget=0), 0.175
+
+
+class TestSpecquantByChannel(VectorCodecTests):
+    codec, other, tolerance = Specquant(bits=2, along="channel", group=5, share=0.1, budget=16), Specquant(), 0.2
 
 
 # Byte codecs that break a promise

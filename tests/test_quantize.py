@@ -266,7 +266,7 @@ class TestDistillation:
         model = made(tiny_model(), **{"method": "gptq", **options}, bits=3, distill_steps=3)
         for name, matrix in model.semq_weights.matrices.items():
             assert torch.equal(model.get_submodule(name).weight, matrix.weight())
-        assert all(not module.__class__.__name__ == "Trained" for module in model.modules())
+        assert all(module.__class__.__name__ != "Trained" for module in model.modules())
 
 
 class TestProvenance:
@@ -313,11 +313,11 @@ class TestBadInput:
         assert weights_digest(model) == before
 
     def test_a_method_that_needs_a_text(self) -> None:
-        with pytest.raises(CalibrationError, match="'gptq'.*calibration text.*'rtn' or 'neuqi' or 'semq'"):
+        with pytest.raises(CalibrationError, match=r"'gptq'.*calibration text.*'rtn' or 'neuqi' or 'semq'"):
             quantize(tiny_model(), "gptq", 3)
 
     def test_a_text_that_is_too_short(self) -> None:
-        with pytest.raises(CalibrationError, match="at least 256 tokens.*found 99 tokens"):
+        with pytest.raises(CalibrationError, match=r"at least 256 tokens.*found 99 tokens"):
             quantize(tiny_model(), "gptq", 3, calibration_text=text(99), tokenizer=tokenizer(), **SHORT)
 
     def test_a_text_without_a_tokenizer(self) -> None:

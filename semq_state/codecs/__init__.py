@@ -10,11 +10,15 @@ from semq_state.codecs.base import AbstractCodec as AbstractCodec
 from semq_state.codecs.base import Encoded as Encoded
 from semq_state.codecs.entropy import Bits as Bits
 from semq_state.codecs.entropy import Pco as Pco
+from semq_state.codecs.neuqi import Neuqi as Neuqi
 from semq_state.codecs.planes import Planes as Planes
 from semq_state.codecs.raw import Raw as Raw
 from semq_state.codecs.rotated import Rotated as Rotated
 from semq_state.codecs.semq import Semq as Semq
+from semq_state.codecs.septq import Septq as Septq
+from semq_state.codecs.specquant import Specquant as Specquant
 from semq_state.codecs.symbolic import AbstractVectorCodec as AbstractVectorCodec
+from semq_state.codecs.symbolic import AbstractWeightedCodec as AbstractWeightedCodec
 from semq_state.codecs.symbolic import Symbolic as Symbolic
 from semq_state.codecs.symbolic import Symbols as Symbols
 from semq_state.codecs.transform import Transform as Transform
@@ -32,8 +36,11 @@ DECODERS: dict[str, AbstractCodec] = {
 """What a file's codec id means: bytes to bytes."""
 
 VECTOR_DECODERS: dict[str, AbstractVectorCodec] = {
+    Neuqi.id: Neuqi(),
     Rotated.id: Rotated(),
     Semq.id: Semq(),
+    Septq.id: Septq(),
+    Specquant.id: Specquant(),
     Uniform.id: Uniform(),
 }
 """What the codec id of a group of symbols means; `transform`, which needs a calibration, stands apart."""

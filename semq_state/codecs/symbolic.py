@@ -77,6 +77,20 @@ class AbstractVectorCodec(ABC):
         """
 
 
+class AbstractWeightedCodec(AbstractVectorCodec):
+    """A codec that can be told which errors matter. Decoding needs none of it."""
+
+    @abstractmethod
+    def encode(self, values: torch.Tensor, importance: torch.Tensor | None = None) -> Symbolic:
+        """Codes vectors.
+
+        Args:
+            values: as ever.
+            importance: how much a squared error of each value matters, float32 of as many axes as `values`, each of
+                the same length or of 1; only its ratios count. Positive numbers, and zeros. None: all alike.
+        """
+
+
 def damaged(codec: str, expected: str, found: object) -> IntegrityError:
     """The error of a codec that is given what it never made."""
     return IntegrityError(

@@ -6,16 +6,15 @@ section 3.1: `q = round((x - minimum) / step)`). KIVI groups keys along a channe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
 
+from semq_state.codecs import grouping
+from semq_state.codecs.grouping import axis_of, part, per_group, pieces, split, wide
 from semq_state.codecs.parts import check_names, check_vectors, exact_of, symbols_of
 from semq_state.codecs.symbolic import AbstractVectorCodec, Symbolic, Symbols, damaged
-
-ALONG = ("token", "channel")
 
 _MOST = torch.finfo(torch.float32).max
 _WIDER = 1 / 64  # float16 is taken where it adds at most this part to the mean squared error
@@ -45,27 +44,27 @@ class Uniform(AbstractVectorCodec):
             raise ValueError(f"{wrong}, got {self!r}")
 
     def encode(self, values: torch.Tensor) -> Symbolic:
-        axis, lowest, highest = _axis(self.along), *_alphabet(self.bits, self.symmetric)
-        shape = _groups(tuple(values.shape), axis, self.group)
+        axis, lowest, highest = axis_of(self.along), *_alphabet(self.bits, self.symmetric)
+        shape = per_group(tuple(values.shape), axis, self.group)
         below, above = values.new_empty(shape), values.new_empty(shape)
-        for piece, groups in _pieces(values.shape[axis], self.group):
-            split = _split(values, axis, piece, groups)
-            torch.amin(split, axis, out=_part(below, axis, groups))
-            torch.amax(split, axis, out=_part(above, axis, groups))
+        for piece, groups in pieces(values.shape[axis], self.group):
+            found = split(values, axis, piece, groups)
+            torch.amin(found, axis, out=part(below, axis, groups))
+            torch.amax(found, axis, out=part(above, axis, groups))
         if self.symmetric:
             exact = {"scale": _scales(torch.maximum(above, -below) / highest)}
         else:
             exact = _scales_and_minima(below, above, highest)
         made = torch.empty(values.shape, dtype=torch.int8 if self.symmetric else torch.uint8)
-        scale, minimum = (_wide(exact[name]) if name in exact else None for name in ("scale", "minimum"))
+        scale, minimum = (wide(exact[name]) if name in exact else None for name in ("scale", "minimum"))
         assert scale is not None
         steps = scale.masked_fill(scale == 0, 1)
-        for piece, groups in _pieces(values.shape[axis], self.group):
-            split = _split(values, axis, piece, groups)
+        for piece, groups in pieces(values.shape[axis], self.group):
+            found = split(values, axis, piece, groups)
             if minimum is not None:
-                split = split - _part(minimum, axis, groups).unsqueeze(axis)
-            scaled = (split / _part(steps, axis, groups).unsqueeze(axis)).round_().clamp_(lowest, highest)
-            _split(made, axis, piece, groups).copy_(scaled)
+                found = found - part(minimum, axis, groups).unsqueeze(axis)
+            scaled = (found / part(steps, axis, groups).unsqueeze(axis)).round_().clamp_(lowest, highest)
+            split(made, axis, piece, groups).copy_(scaled)
         params = {"bits": self.bits, "along": self.along, "group": self.group, "symmetric": self.symmetric}
         return Symbolic({"values": Symbols(made, lowest, highest)}, exact, params)
 
@@ -74,33 +73,30 @@ class Uniform(AbstractVectorCodec):
         bits, along, group, symmetric = _params(symbolic)
         names = ["scale"] if symmetric else ["scale", "minimum"]
         check_names(self.id, symbolic, symbols=["values"], exact=names, params=symbolic.params.keys())
-        axis, alphabet = _axis(along), _alphabet(bits, symmetric)
+        axis, alphabet = axis_of(along), _alphabet(bits, symmetric)
         symbols = symbols_of(self.id, symbolic, "values", shape, [torch.int8 if symmetric else torch.uint8])
         if (symbols.lowest, symbols.highest) != alphabet:
             raise damaged(self.id, f"symbols {alphabet}", f"{symbols.lowest, symbols.highest}")
-        per_group, dtypes = _groups(tuple(shape), axis, group), [torch.float16, torch.float32]
-        exact = {name: _wide(exact_of(self.id, symbolic, name, per_group, dtypes)) for name in names}
+        counted, dtypes = per_group(tuple(shape), axis, group), [torch.float16, torch.float32]
+        exact = {name: wide(exact_of(self.id, symbolic, name, counted, dtypes)) for name in names}
         if bool((exact["scale"] < 0).any()):
             raise damaged(self.id, "steps of 0 or more", "a negative one")
         values = torch.empty(shape, dtype=torch.float32)
-        for piece, groups in _pieces(shape[axis], group):
-            split = _split(symbols.values, axis, piece, groups)
-            restored = split * _part(exact["scale"], axis, groups).unsqueeze(axis)
+        for piece, groups in pieces(shape[axis], group):
+            restored = split(symbols.values, axis, piece, groups) * part(exact["scale"], axis, groups).unsqueeze(
+                axis
+            )
             if not symmetric:
-                restored += _part(exact["minimum"], axis, groups).unsqueeze(axis)
-            _split(values, axis, piece, groups).copy_(restored.clamp_(-_MOST, _MOST))
+                restored += part(exact["minimum"], axis, groups).unsqueeze(axis)
+            split(values, axis, piece, groups).copy_(restored.clamp_(-_MOST, _MOST))
         return values
 
 
 def _wrong(bits: object, along: object, group: object, symmetric: object) -> str:
     """What is wrong with the parameters; empty if nothing is."""
-    if type(bits) is not int or not 2 <= bits <= 8:
-        return "`bits` must be 2 to 8"
-    if type(along) is not str or along not in ALONG:
-        return f"`along` must be one of {ALONG}"
-    if type(group) is not int or not 1 <= group < 1 << 31:
-        return "`group` must be at least 1"
-    return "" if type(symmetric) is bool else "`symmetric` must be true or false"
+    if type(symmetric) is not bool:
+        return grouping.wrong(bits, along, group) or "`symmetric` must be true or false"
+    return grouping.wrong(bits, along, group)
 
 
 def _params(symbolic: Symbolic) -> tuple[int, str, int, bool]:
@@ -115,45 +111,8 @@ def _params(symbolic: Symbolic) -> tuple[int, str, int, bool]:
     return params["bits"], params["along"], params["group"], params["symmetric"]
 
 
-def _axis(along: str) -> int:
-    return -1 if along == "token" else -2
-
-
 def _alphabet(bits: int, symmetric: bool) -> tuple[int, int]:
     return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-
-
-def _groups(shape: tuple[int, ...], axis: int, group: int) -> tuple[int, ...]:
-    """The shape of one number per group."""
-    counted = list(shape)
-    counted[axis] = -(-shape[axis] // group)
-    return tuple(counted)
-
-
-def _pieces(length: int, group: int) -> Iterator[tuple[slice, slice]]:
-    """The values of all full groups and which groups these are; then the same for the shorter one at the end."""
-    full = length // group
-    if full:
-        yield slice(0, full * group), slice(0, full)
-    if length % group:
-        yield slice(full * group, length), slice(full, full + 1)
-
-
-def _part(tensor: torch.Tensor, axis: int, of: slice) -> torch.Tensor:
-    return tensor.narrow(axis, of.start, of.stop - of.start)
-
-
-def _split(tensor: torch.Tensor, axis: int, piece: slice, groups: slice) -> torch.Tensor:
-    """A view in which the values of a group are `axis`, and the groups the axis before it."""
-    part, n_groups = _part(tensor, axis, piece), groups.stop - groups.start
-    split: torch.Tensor = part.unflatten(axis, (n_groups, part.shape[axis] // n_groups))  # type: ignore[no-untyped-call]
-    return split
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """float32, or float64 where sums with 255 steps could overflow."""
-    large = bool(tensor.numel()) and float(tensor.abs().amax()) > 2.0**112
-    return tensor.double() if large else tensor.float()
 
 
 def _scales(scale: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,8 @@ class SectionWriter:
 
     def write(self, name: str, pieces: Sequence[bytes | Bytes], spec: TensorSpec | None = None) -> None:
         """Appends a section: a plain tensor of `spec`, or without one a run of coded bytes."""
-        n_bytes = sum(len(piece) for piece in pieces)
+        # Where the size is known, pieces may be made as they are taken.
+        n_bytes = spec.n_bytes if spec else sum(len(piece) for piece in pieces)
         self._sink.append(name, pieces)
         spec = spec or TensorSpec("U8", (n_bytes,))
         self._sections.append(Section(name, spec, self._at, self._at + n_bytes))

@@ -106,8 +106,9 @@ def form_of(
 
 def _compact(snapshot: Snapshot, codec: Codec, calibration: Calibration | None, embed: bool) -> Form:
     word, policy = _policy(snapshot, codec, calibration)
-    if policy.transform is not None:
-        _check_model(policy.transform.calibration, snapshot)
+    for used in (policy.importance, policy.transform.calibration if policy.transform else None):
+        if used is not None:
+            _check_model(used, snapshot)
     source = snapshot.state_id
     left_out: dict[str, str] = {}
     state = snapshot.generation

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -18,7 +17,7 @@ from semq_state.files.forms import groups_of, without_groups
 from semq_state.provenance import Provenance
 from semq_state.sealing import SealedFile, Unlock, is_sealed
 from semq_state.snapshot import Coding, Snapshot, assemble
-from semq_state.stores import LocalFile, ReadableFile
+from semq_state.stores import LocalFile, ReadableFile, Source, opened
 from semq_state.symbolic import prefix_of
 
 _PROVENANCE: Mapping[str, tuple[type, ...]] = {
@@ -47,12 +46,12 @@ MAX_CODED_EXPANSION = 1024
 
 @contextlib.contextmanager
 def open_snapshot(
-    path: str | os.PathLike[str], unlock: Unlock | None = None
+    source: Source, unlock: Unlock | None = None
 ) -> Iterator[tuple[ReadableFile, container.Header, Manifest]]:
     """A snapshot file, plain or sealed, with its header and manifest; from here on both read alike.
 
     Args:
-        path: the file.
+        source: the file, or one that is open, a part of another say; that must be plain.
         unlock: what opens it where it is sealed; not asked for where it is plain.
 
     Raises:
@@ -60,16 +59,20 @@ def open_snapshot(
         FormatError, IncompleteStateError: it is not a snapshot, or a damaged one.
         DecryptionError: it is sealed, and no key was given or none opens it, or it was changed.
     """
-    with LocalFile(path) as local:
-        file: ReadableFile = local
-        header = container.read_header(file.read, file.size, str(path))
+    with opened(source) as file:
+        where = str(file.path)
+        header = container.read_header(file.read, file.size, where)
         if is_sealed(header):
-            file = SealedFile(local, header, unlock)
-            header = container.read_header(file.read, file.size, str(path))
+            if not isinstance(file, LocalFile):
+                raise DecryptionError(
+                    where, expected="a plain snapshot", found="a sealed one", do="unseal it first"
+                )
+            file = SealedFile(file, header, unlock)
+            header = container.read_header(file.read, file.size, where)
         manifest = _manifest_of(file, header)
         if isinstance(file, SealedFile) and file.state_id != manifest.state_id:
             raise DecryptionError(
-                str(path),
+                where,
                 expected=f"sections of {manifest.state_id}",
                 found=f"a seal of {container.shown(file.state_id)}",
                 do="no writer makes such a file; do not trust it",
@@ -89,7 +92,7 @@ def _manifest_of(file: ReadableFile, header: container.Header) -> Manifest:
         )
     data = file.read(header.data_start + section.begin, section.n_bytes)
     manifest = container.read_manifest(data, header, where)
-    _check_claims(header, manifest, where)
+    check_claims(header, manifest, where)
     _check_joint_claims(header, manifest, where)
     _check_tokens(manifest, where)
     # Put together from nothing first, so that a wrong structure is refused before a tensor is read.
@@ -160,6 +163,11 @@ def told_from(where: str) -> Iterator[None]:
 
 
 def provenance_of(manifest: Manifest, where: str) -> Provenance:
+    """The origin that a manifest tells of.
+
+    Raises:
+        FormatError: a field is missing, unknown or of the wrong kind.
+    """
     told = manifest.provenance
     wrong = [name for name, kinds in _PROVENANCE.items() if name not in told or type(told[name]) not in kinds]
     if wrong or told.keys() != _PROVENANCE.keys():
@@ -176,7 +184,7 @@ def _is_coded(section: container.Section) -> bool:
     return (section.spec.dtype, len(section.spec.shape)) == ("U8", 1)
 
 
-def _check_claims(header: container.Header, manifest: Manifest, where: str) -> None:
+def check_claims(header: container.Header, manifest: Manifest, where: str) -> None:
     """Holds what each section stands for against what is stored, before any memory is taken for it."""
     for tensor in manifest.tensors.values():
         for entry in tensor.sections:

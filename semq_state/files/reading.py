@@ -6,7 +6,6 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,11 +30,11 @@ from semq_state.files.opening import assembled, is_coded, open_snapshot, section
 from semq_state.files.pipeline import Job, Progress, Scratch, counter, in_order
 from semq_state.sealing import SealedFile, Unlock
 from semq_state.snapshot import Snapshot
-from semq_state.stores import ReadableFile
+from semq_state.stores import ReadableFile, Source, size_of
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: Source,
     *,
     calibration: Calibration | str | os.PathLike[str] | None = None,
     predictor: Predictor | str | os.PathLike[str] | None = None,
@@ -48,7 +47,7 @@ def load(
     the last bits from machine to machine; its identity, computed over its symbols, does not.
 
     Args:
-        path: a file that `save` wrote.
+        path: a file that `save` wrote, or one that is open for reading.
         calibration: the calibration that a compact file refers to, or its file; by default the one that the file
             carries along, or that the cache folder has.
         predictor: the predictor that an `exact-predicted` file refers to, or its file; by default the one that the
@@ -99,8 +98,8 @@ def load(
                 content.chunk_of(tensors[name], chunk.start, chunk.stop).copy_(part)
             advance(sum(part.nbytes for part in chunk.tensors.values()))
     if is_coded(manifest):
-        tensors = _decoded(manifest, tensors, calibration, str(path))
-    return assembled(manifest, tensors, str(path))
+        tensors = _decoded(manifest, tensors, calibration, str(file.path))
+    return assembled(manifest, tensors, str(file.path))
 
 
 def _decoded(
@@ -129,7 +128,7 @@ def _decoded(
         return decoded(manifest.structure, tensors, calibration)
 
 
-def inspect(path: str | os.PathLike[str], *, unlock: Unlock | None = None) -> SnapshotInfo:
+def inspect(path: Source, *, unlock: Unlock | None = None) -> SnapshotInfo:
     """What a file says about itself: header and manifest, no tensors. `verify` proves it.
 
     Args:
@@ -147,8 +146,8 @@ def inspect(path: str | os.PathLike[str], *, unlock: Unlock | None = None) -> Sn
     with open_snapshot(path, unlock) as (file, _, manifest):
         sizes = {name: spec.n_bytes for name, spec in specs_of(manifest).items()}
         cached = sum(n for name, n in sizes.items() if not name.startswith(("generation.", "checkpoints.")))
-        n_bytes, raw = Path(path).stat().st_size, sum(sizes.values())
-        return SnapshotInfo(str(path), n_bytes, raw, cached, manifest.codec, manifest, isinstance(file, SealedFile))
+        n_bytes, raw, sealed = size_of(path), sum(sizes.values()), isinstance(file, SealedFile)
+        return SnapshotInfo(str(file.path), n_bytes, raw, cached, manifest.codec, manifest, sealed)
 
 
 def failures_of(

@@ -107,6 +107,29 @@ class LocalFile:
         self._file.close()
 
 
+Source = str | os.PathLike[str] | ReadableFile
+"""What readers take: the path of a file, or one that is open already, which then stays open."""
+
+
+@contextlib.contextmanager
+def opened(source: Source) -> Iterator[ReadableFile]:
+    """A file to read from.
+
+    Raises:
+        StoreError: there is none under that path.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        with LocalFile(source) as file:
+            yield file
+    else:
+        yield source
+
+
+def size_of(source: Source) -> int:
+    """How many bytes stand on the disk, sealed or not."""
+    return Path(source).stat().st_size if isinstance(source, (str, os.PathLike)) else source.size
+
+
 @contextlib.contextmanager
 def atomic_write(
     path: str | os.PathLike[str], *, check: Callable[[Path], None] | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from semq_state.codecs.symbolic import AbstractVectorCodec, Symbolic, Symbols, damaged
+from semq_state.codecs.symbolic import AbstractVectorCodec, AbstractWeightedCodec, Symbolic, Symbols, damaged
 from semq_state.content import DTYPES
 from semq_state.snapshot import SectionError
 from semq_state.symbolic.groups import Group, Stack
@@ -145,9 +145,15 @@ def decoded(group: Group, parts: Tensors, decode: Decode) -> dict[str, torch.Ten
     return tensors
 
 
-def vectors(codec: AbstractVectorCodec) -> tuple[Encode, Decode]:
-    """`encode` and `decode` of a codec that knows one body only."""
-    return lambda bodies: (codec.encode(bodies[0]), None), lambda made, shapes: [codec.decode(made, shapes[0])]
+def vectors(codec: AbstractVectorCodec, importance: torch.Tensor | None = None) -> tuple[Encode, Decode]:
+    """`encode` and `decode` of a codec that knows one body only; those that weigh errors are told what matters."""
+
+    def encode(bodies: list[torch.Tensor]) -> tuple[Symbolic, None]:
+        if importance is not None and isinstance(codec, AbstractWeightedCodec):
+            return codec.encode(bodies[0], importance), None
+        return codec.encode(bodies[0]), None
+
+    return encode, lambda made, shapes: [codec.decode(made, shapes[0])]
 
 
 def _errors(values: torch.Tensor, restored: torch.Tensor) -> list[SectionError]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from semq_state.calibration import Calibration
 from semq_state.codecs.symbolic import AbstractVectorCodec
 from semq_state.codecs.transform import Transform
 
@@ -27,6 +28,8 @@ class Policy:
         codecs: kind of state to codec: `keys`, `values`, `latent`, `index`, `recurrent`, `convolution`, `hidden`.
         transform: the calibrated codec of keys and values; layers that its calibration does not have get
             `codecs`.
+        importance: a calibration that tells codecs which weigh errors how much each head's keys and values matter.
+            Files do not name it: nobody needs it to read them.
         n_sinks: first tokens of a sequence that stay exact.
         n_recent: last tokens that stay exact.
 
@@ -38,6 +41,7 @@ class Policy:
     transform: Transform | None = None
     n_sinks: int = N_SINKS
     n_recent: int = 0
+    importance: Calibration | None = None
 
     def __post_init__(self) -> None:
         if self.n_sinks < 0 or self.n_recent < 0:

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 
 from semq_state.calibration import Calibration, kl_at
-from semq_state.codecs import AbstractVectorCodec, Rotated, Semq, Transform, Uniform
+from semq_state.codecs import (
+    AbstractVectorCodec,
+    AbstractWeightedCodec,
+    Neuqi,
+    Rotated,
+    Semq,
+    Septq,
+    Specquant,
+    Transform,
+    Uniform,
+)
 from semq_state.errors import CalibrationError, UnknownCodecError
 from semq_state.symbolic.policy import Policy, everywhere
 
@@ -20,6 +31,9 @@ CODECS: dict[str, AbstractVectorCodec] = {
     "rotated": Rotated(),
     "uniform": Uniform(),
     "semq": Semq(),
+    "neuqi": Neuqi(bits=4),
+    "septq": Septq(bits=4),
+    "specquant": Specquant(bits=4),
 }
 """Codecs that can be asked for by their id, with their defaults."""
 
@@ -57,7 +71,10 @@ def policy_for(codec: str, calibration: Calibration | None, model: str) -> Polic
     """
     if codec in CODECS:
         policy = everywhere(CODECS[codec])
-        return Policy({**policy.codecs, "hidden": SCALED}) if codec == Semq.id else policy
+        if codec == Semq.id:
+            return Policy({**policy.codecs, "hidden": SCALED})
+        weighs = isinstance(CODECS[codec], AbstractWeightedCodec)
+        return replace(policy, importance=calibration) if weighs else policy
     target = _TARGET.fullmatch(codec)
     if codec not in KL and not target:
         raise UnknownCodecError("codec", expected=words(), found=f"{codec!r:.80}", do="choose one")

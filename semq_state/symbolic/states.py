@@ -14,6 +14,7 @@ from semq_state.snapshot import Snapshot
 from semq_state.symbolic import transforming
 from semq_state.symbolic.encoding import CodedGroup, coded, decoded, vectors
 from semq_state.symbolic.groups import Group, Stack
+from semq_state.symbolic.importances import importance_of
 from semq_state.symbolic.policy import Policy
 from semq_state.symbolic.targets import Target, padding_of, targets
 
@@ -49,7 +50,8 @@ def symbolise(snapshot: Snapshot, policy: Policy) -> Iterator[CodedGroup]:
         span, codec = first.span(n_sinks, n_recent), policy.codecs[first.kind]
         if span[0] < span[1]:
             late = first.late_sinks(padding, n_sinks, span)
-            yield coded(tensors, [stack], span, codec.id, *vectors(codec), late)
+            told = None if policy.importance is None else importance_of(stack, policy.importance)
+            yield coded(tensors, [stack], span, codec.id, *vectors(codec, told), late)
 
 
 def restored(

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from semq_state.measuring.contexts import pieces
 from semq_state.weights.layer import Inputs
 
 Reached = Callable[[str, nn.Module, Inputs], nn.Module]
@@ -29,11 +28,13 @@ def windows(tokenizer: Any, text: Any, n: int, length: int) -> torch.Tensor:
     Raises:
         CalibrationError: the text has fewer than `n * length` tokens.
     """
+    from semq_state.measuring.contexts import pieces
+
     return torch.cat(pieces(tokenizer, [text] if isinstance(text, str) else list(text), n, length))
 
 
 def read(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """The last hidden states of all windows, `(n, length, hidden)`; logits, where no part of the model makes them."""
+    """The last hidden states of all windows, `(n, length, hidden)`; logits where no part of the model has them."""
     inner = getattr(model, "base_model", model)
     given = {"input_ids": ids.to(model.device)}
     if model.config.is_encoder_decoder:

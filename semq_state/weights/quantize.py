@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from semq_state.errors import CalibrationError, UnsupportedModelError
-from semq_state.fingerprint import fingerprint
+from semq_state.fingerprint import fingerprint, weights_of
 from semq_state.generation.seams import base_model
 from semq_state.provenance import plain
 from semq_state.weights import calibrating, distill
@@ -238,7 +238,10 @@ def _held(
     matrices: dict[str, QuantizedMatrix],
     activation_bits: int,
 ) -> QuantizedWeights:
-    named = dict(model.state_dict(keep_vars=True))
+    # Buffers that a model computes when it is made may have been changed since, rounded by `model.to` say.
+    buffers = dict(model.named_buffers())
+    computed = {name: tensor for name, tensor in weights_of(model) if name in buffers}
+    named = {**computed, **model.state_dict(keep_vars=True)}
     weights = {f"{name}.weight" for name in matrices}
     first: dict[int, str] = {}
     # A name under which a matrix goes comes first, so that what shares its tensor is tied to it.
