@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/CODECS.md", "docs/AUDIT.md", "docs/SYMBOLS.md", "docs/HIDDEN.md")
+DOCUMENTS = ("README.md", "docs/CODECS.md", "docs/AUDIT.md", "docs/SYMBOLS.md", "docs/HIDDEN.md", "docs/WEIGHTS.md")
 _PLACE = re.compile(r"<!-- begin (\S+) -->\n.*?<!-- end \1 -->", re.DOTALL)
 
 

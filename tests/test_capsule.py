@@ -749,3 +749,18 @@ def test_the_demo_model_goes_on_from_a_capsule(smollm2: tuple[Any, Any], tmp_pat
     capsule = sq.open_capsule(tmp_path / "capsule")
     assert torch.equal(quietly(capsule).generate(max_new_tokens=20), expected)
     assert capsule.tokenizer.decode(inputs["input_ids"][0]) == "The capital of France is"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"), [("--method", "magic", "magic"), ("--embedding-bits", "1", "embedding_bits")]
+)
+def test_arguments_out_of_range_are_told_in_a_line(
+    option: str, value: str, words: str, tmp_path: Path, cli: Any
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    code, _, err = cli("quantize", tmp_path / "model", option, value, "--out", tmp_path / "small")
+    assert code == 2
+    assert words in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "small").exists()

@@ -10,7 +10,7 @@ import typer
 import semq_state as sq
 from semq_state.cli.generating import CalibrationFile, Device, Dtype, Json
 from semq_state.cli.progress import bytes_bar, steps_bar
-from semq_state.cli.quantize import EmbeddingBits, TextFile, Window, Windows
+from semq_state.cli.quantize import EmbeddingBits, TextFile, Window, Windows, as_parameters
 from semq_state.cli.showing import show_capsule
 
 
@@ -44,7 +44,7 @@ def pack(
         method, bits, group = _recipe(weights)
         read = text.read_text(encoding="utf-8") if text else None
         live, words = load_model(model, dtype=dtype, device=device)
-        with steps_bar() as progress:
+        with steps_bar() as progress, as_parameters():
             sq.quantize(
                 live, method, bits, group, read,
                 tokenizer=words, embedding_bits=embedding_bits, n_windows=windows, window=window, progress=progress,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ import typer
 import semq_state as sq
 from semq_state.cli.generating import Device, Dtype, Json
 from semq_state.cli.progress import bytes_bar, steps_bar
+from semq_state.errors import SemqStateError
 
 TextFile = Annotated[
     Path | None, typer.Option("--text", help="A text to read while quantising. rtn, neuqi and semq do without.")
@@ -20,6 +23,17 @@ Windows = Annotated[int, typer.Option(min=1, help="Pieces of the text that are r
 Window = Annotated[int, typer.Option(min=2, help="Tokens of each.")]
 EmbeddingBits = Annotated[int, typer.Option(help="Of embeddings and output layer; 0 leaves them as they are.")]
 QuantizationSeed = Annotated[int, typer.Option(help="Of the order in which --distill takes the pieces.")]
+
+
+@contextlib.contextmanager
+def as_parameters() -> Iterator[None]:
+    """Tells an argument that is out of range as typer tells its own."""
+    try:
+        yield
+    except SemqStateError:
+        raise
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def quantize(
@@ -48,7 +62,7 @@ def quantize(
     began = time.monotonic()
     read = text.read_text(encoding="utf-8") if text else None
     live, tokenizer = load_model(model, dtype=dtype, device=device)
-    with steps_bar() as progress:
+    with steps_bar() as progress, as_parameters():
         sq.quantize(
             live,
             method,

@@ -250,7 +250,7 @@ def _held(
     tied = {name: first[id(t)] for name, t in named.items() if first[id(t)] != name}
     rest = {name: t.detach().cpu() for name, t in named.items() if name not in weights and name not in tied}
     left = sorted((name for name, t in rest.items() if t.ndim > 1), key=lambda name: -rest[name].numel())
-    told |= {"left": left, "n_left": sum(t.numel() for t in rest.values())}
+    told |= {"left": left, "n_left": sum(t.numel() for name, t in rest.items() if name not in buffers)}
     return QuantizedWeights(told, origin, config, generation, matrices, rest, tied, activation_bits)
 
 
