@@ -211,6 +211,12 @@ def _hostile(codec: Any) -> dict[str, Symbolic]:
             counts = exact["counts"].clone()
             counts[0] = value
             found[f"counts-{value}"] = dataclasses.replace(good, exact={**exact, "counts": counts})
+        counts = exact["counts"].clone()
+        counts[0] = 9  # of which 8 tokens have none, and as many coefficients as it takes
+        longer = torch.ones(int((2 * counts.long() - 1).sum()), dtype=torch.float16)
+        found["counts-told-alike"] = dataclasses.replace(
+            good, exact={**exact, "counts": counts, "coefficients": longer}
+        )
     return found
 
 

@@ -1,4 +1,8 @@
-"""Symbols of a few bits as planes of bytes, and back."""
+"""Symbols of a few bits as planes of bytes, and back.
+
+A word of several symbols is folded onto its lowest byte by shifts: whole words at a time, as fast as memory. In which
+order the symbols of a byte stand depends on the machine, so packed symbols are for memory only.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,28 @@ import torch
 _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Bits of a symbol to the widths of its planes, lowest bits first: no symbol crosses a byte."""
 
+_WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
+"""Width of a plane to the word whose bytes become one byte."""
+
 
 def packed(symbols: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 symbols of any shape as `(n_bytes,)` uint8: each plane after the other, filled up with zeros."""
     flat, planes, low = symbols.flatten(), [], 0
     for width in _PLANES[bits]:
         each = 8 // width
-        part = torch.nn.functional.pad((flat >> low) & (2**width - 1), (0, -len(flat) % each)).view(-1, each)
-        plane = part[:, 0].clone()
-        for i in range(1, each):
-            plane |= part[:, i] << (i * width)
-        planes.append(plane)
+        part = flat if width == 8 else (flat >> low).bitwise_and_(2**width - 1)
+        if len(part) % each:
+            part = torch.nn.functional.pad(part, (0, -len(part) % each))
+        if width == 8:
+            planes.append(part)
+        else:
+            word = part.view(_WORDS[width])
+            folded = word.clone()
+            for i in range(1, each):
+                folded |= word >> (i * (8 - width))
+            planes.append(folded.bitwise_and_(0xFF).to(torch.uint8))
         low += width
-    return torch.cat(planes)
+    return planes[0] if len(planes) == 1 else torch.cat(planes)
 
 
 def unpacked(data: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -30,10 +43,15 @@ def unpacked(data: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Ten
         each = 8 // width
         n_bytes = -(-n // each)
         plane = data[at : at + n_bytes]
-        part = torch.empty(n_bytes, each, dtype=torch.uint8, device=data.device)
-        for i in range(each):
-            part[:, i] = (plane >> (i * width)) & (2**width - 1)
-        found = part.view(-1)[:n] << low
+        if width == 8:
+            found = plane.clone()
+        else:
+            word = plane.to(_WORDS[width])
+            spread = word.clone()
+            for i in range(1, each):
+                spread |= word << (i * (8 - width))
+            spread &= sum((2**width - 1) << (8 * i) for i in range(each))
+            found = spread.view(torch.uint8)[:n] << low
         symbols = found if symbols is None else symbols.bitwise_or_(found)
         at, low = at + n_bytes, low + width
     assert symbols is not None
