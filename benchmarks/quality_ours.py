@@ -55,10 +55,10 @@ class Files:
 
     Args:
         model: in float32; the states are kept in bfloat16, as they would be.
-        calibration: of the same weights.
+        calibration: of the same weights; None where no codec needs one.
     """
 
-    def __init__(self, model: Any, calibration: sq.Calibration) -> None:
+    def __init__(self, model: Any, calibration: sq.Calibration | None) -> None:
         self._model, self._calibration = model, calibration
         self._folder = tempfile.TemporaryDirectory(prefix="semq-state-quality-")
 
@@ -83,5 +83,7 @@ class Files:
         # One token more: chosen, and not yet fed.
         ids = torch.cat([segment.tokens, segment.tokens[:, -1:]], dim=1)
         snapshot = sq.snapshot_of(self._model, cache, ids).to(dtype=torch.bfloat16)
+        if self._calibration is None:
+            return snapshot
         provenance = dataclasses.replace(snapshot.provenance, weights=self._calibration.weights)
         return dataclasses.replace(snapshot, provenance=provenance)

@@ -1,9 +1,10 @@
 """Compact snapshots by published quantisers, side by side: KIVI, rotation, SEMQ, NeUQI, SEPTQ, SpecQuant.
 
-    python -m benchmarks.quality_seeds --text FILE --calibration-text FILE [--model MODEL] --out FOLDER
+    python -m benchmarks.quality_seeds --text FILE [--calibration-text FILE] [--model MODEL] --out FOLDER
 
-The protocol is that of `benchmarks.quality`, so rows of both can be compared. Those that weigh errors are measured
-twice: alone, and told by a calibration how much each head matters (`calibrated`).
+The protocol is that of `benchmarks.quality`, so rows of both can be compared. With `--calibration-text` SEPTQ is
+measured twice: alone, and told by a calibration how much each head matters (`calibrated`); to the others, whose
+groups lie within a head, that makes no difference.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ NOTES = (
 )
 
 
-def seeds(calibration: Calibration) -> Iterator[Ours]:
+def seeds(calibration: Calibration | None) -> Iterator[Ours]:
     """Every method at each of `BITS`."""
     for bits in BITS:
         yield Ours(f"uniform {bits} bits (KIVI)", "uniform", _by_axis(Uniform, bits))
@@ -46,8 +47,8 @@ def seeds(calibration: Calibration) -> Iterator[Ours]:
         yield Ours(f"semq {bits} bits", "semq", Semq(parameter=2 ** (bits - 1), centred=True))
         for codec in (Neuqi, Septq, Specquant):
             yield Ours(f"{codec.id} {bits} bits", codec.id, _by_axis(codec, bits))
-            told = _by_axis(codec, bits, calibration)
-            yield Ours(f"{codec.id} {bits} bits, calibrated", f"{codec.id}, calibrated", told)
+        if calibration is not None:
+            yield Ours(f"septq {bits} bits, calibrated", "septq, calibrated", _by_axis(Septq, bits, calibration))
 
 
 def _by_axis(codec: Any, bits: int, calibration: Calibration | None = None) -> sq.Policy:
@@ -60,7 +61,7 @@ def _by_axis(codec: Any, bits: int, calibration: Calibration | None = None) -> s
 
 
 @torch.no_grad()
-def measured(protocol: Protocol, files: Files, calibration: Calibration, only: str = "") -> Iterator[Row]:
+def measured(protocol: Protocol, files: Files, calibration: Calibration | None, only: str = "") -> Iterator[Row]:
     """A row for each method whose name contains `only`."""
     for each in seeds(calibration):
         if only in each.method:
@@ -72,21 +73,23 @@ def measured(protocol: Protocol, files: Files, calibration: Calibration, only: s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--calibration-text", type=Path, required=True)
+    parser.add_argument("--calibration-text", type=Path)
     parser.add_argument("--n-segments", type=int, default=N_SEGMENTS)
     parser.add_argument("--only", default="", help="methods whose name contains this")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="semq-state-seeds-") as folder:
-        told = str(args.calibration_text.resolve())
-        made = in_process("benchmarks.quality_worker", "calibrate", args.model, told, folder)
-        calibration = load_calibration(Path(folder) / "calibration.safetensors")
+    made, calibration = [], None
+    if args.calibration_text:
+        with tempfile.TemporaryDirectory(prefix="semq-state-seeds-") as folder:
+            told = str(args.calibration_text.resolve())
+            made = [in_process("benchmarks.quality_worker", "calibrate", args.model, told, folder)]
+            calibration = load_calibration(Path(folder) / "calibration.safetensors")
     model, tokenizer = load_model(args.model, dtype="float32")
     texts = {"wikitext": args.text.read_text(encoding="utf-8"), "python": python_source()}
     protocol = Protocol(model, tokenizer, texts, n_segments=args.n_segments)
     rows = list(measured(protocol, Files(model, calibration), calibration, args.only))
-    tables = {"Calibration": [made], "Size and quality": rows}
+    tables = {**({"Calibration": made} if made else {}), "Size and quality": rows}
     write("quality_seeds", args.out, tables, model=args.model, notes=NOTES.format(n=args.n_segments))
     print((args.out / "quality_seeds.md").read_text())
 

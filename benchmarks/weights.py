@@ -3,13 +3,14 @@
     python -m benchmarks.weights --text test.txt --calibration valid.txt --out FOLDER [--minutes N]
 
 Each row is a process of its own. The tables are written after every row; with `--minutes` none is begun after that
-time, and the notes name what was left out. Takes about two hours on two cores. Needs the demo model and
+time, and the notes name what was left out, with which `--resume` goes on. Takes about two hours on two cores. Needs the demo model and
 `pip install 'semq-state[bench]'`; with `--peer PYTHON`, a Python that has llmcompressor, its GPTQ is measured too.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -61,31 +62,37 @@ class Run:
         return ["--method", self.method, *(part for k, v in told.items() for part in (f"--{k}", str(v)))]
 
 
+_PREMISE_TITLE = "energy of the lowest frequencies, in percent"
 WEIGHTS, ROUNDED, PARTS = "weights only", "weights and inputs, 4 bits", "parts, 2 bits"
 
 
 def runs(with_peer: bool) -> Iterator[Run]:
     """In the order in which they are worth their time."""
-    for bits in (2, 3, 4):
-        for group in (0, 128):
-            for method in ("rtn", "gptq", "septq"):
-                yield Run(WEIGHTS, method, bits, group)
-            yield Run(WEIGHTS, "neuqi", bits, group, distill=N_DISTILLED if bits < 4 else 0)
-        if with_peer and bits < 4:
-            yield Run(WEIGHTS, "llmcompressor", bits)
-        if bits == 3:
-            for method in ("gptq", "specquant", "rtn"):
-                yield Run(ROUNDED, method, 4, activation=4)
     for group in (0, 128):
-        for bits in (4, 3, 2):
-            yield Run(WEIGHTS, "specquant", bits, group)
-    for method in ("gptq, shrunk grid", "neuqi, to the nearest", "semq"):
-        yield Run(PARTS, method, 2, 128)
-    for method in ("specquant, smoothing alone", "specquant, branch alone"):
+        for method in ("rtn", "gptq", "septq", "neuqi"):
+            yield Run(WEIGHTS, method, 2, group, distill=N_DISTILLED if method == "neuqi" else 0)
+    for method in ("specquant", "gptq", "rtn"):
         yield Run(ROUNDED, method, 4, activation=4)
+    for group in (0, 128):
+        for method in ("septq", "gptq", "neuqi", "rtn"):
+            yield Run(WEIGHTS, method, 3, group, distill=N_DISTILLED if method == "neuqi" else 0)
+        if with_peer and not group:
+            yield Run(WEIGHTS, "llmcompressor", 3)
+    for group in (0, 128):
+        for method in ("gptq", "specquant", "neuqi", "septq", "rtn"):
+            yield Run(WEIGHTS, method, 4, group)
+    yield Run(ROUNDED, "specquant, smoothing alone", 4, activation=4)
+    yield Run(PARTS, "gptq, shrunk grid", 2, 128)
+    yield Run(WEIGHTS, "specquant", 3)
+    yield Run(PARTS, "neuqi, to the nearest", 2, 128)
+    yield Run(ROUNDED, "specquant, branch alone", 4, activation=4)
+    yield Run(PARTS, "semq", 2, 128)
+    for bits, group in ((3, 128), (2, 0), (2, 128)):
+        yield Run(WEIGHTS, "specquant", bits, group)
     yield Run(ROUNDED, "specquant", 4, 128, activation=4)
     if with_peer:
-        yield Run(WEIGHTS, "llmcompressor", 4)
+        for bits in (2, 4):
+            yield Run(WEIGHTS, "llmcompressor", bits)
 
 
 def main() -> None:
@@ -97,6 +104,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs=2, default=(N_WINDOWS, WINDOW))
     parser.add_argument("--evaluated", type=int, default=N_EVALUATED, help="windows of the text, 0 for all")
     parser.add_argument("--peer", default="", help="a Python that has llmcompressor")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that stand in FOLDER")
     parser.add_argument("--only", default="", help="methods to run, with commas between")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
@@ -104,12 +112,16 @@ def main() -> None:
     common += ["--windows", *map(str, given.windows), "--evaluated", str(given.evaluated)]
     common += ["--peer", given.peer]
     began, left = time.monotonic(), []
-    premise = in_process(_PREMISE, "--text", str(given.text), "--model", given.model)
-    whole = in_process(_WORKER, *common)
-    rows = [_row(Run(WEIGHTS, "", 16), whole[0])]
+    rows, premise = _before(given.out) if given.resume else ([], [])
+    if not rows:
+        premise = in_process(_PREMISE, "--text", str(given.text), "--model", given.model)
+        rows = [_row(Run(WEIGHTS, "", 16), in_process(_WORKER, *common)[0])]
+    done = {(row["of"], row["method"], row["bits"], row["group"]) for row in rows}
     chosen = [run for run in runs(bool(given.peer))
               if not given.only or run.method in given.only.split(",")]  # fmt: skip
     for i, run in enumerate(chosen):
+        if (run.table, _label(run), run.bits, run.group) in done:
+            continue
         if time.monotonic() - began > 60 * given.minutes:
             left.append(run.name)
             continue
@@ -135,7 +147,7 @@ def _written(rows: list[Row], premise: list[Row], left: list[str], given: argpar
         distilled=N_DISTILLED,
         left=f"\nNot run for lack of time, or failed: {'; '.join(left)}." if left else "",
     )
-    tables: dict[str, list[Row]] = {"energy of the lowest frequencies, in percent": premise}
+    tables: dict[str, list[Row]] = {_PREMISE_TITLE: premise}
     for name in (WEIGHTS, ROUNDED, PARTS):
         found = [{k: v for k, v in row.items() if k != "of"} for row in rows if row["of"] == name]
         found.sort(key=lambda row: (-row["bits"], row["group"]))
@@ -143,9 +155,20 @@ def _written(rows: list[Row], premise: list[Row], left: list[str], given: argpar
     write("weights", given.out, tables, model=given.model, notes=notes)
 
 
+def _before(out: Path) -> tuple[list[Row], list[Row]]:
+    """The rows of an earlier run, and those of the premise."""
+    told = json.loads((out / "weights.json").read_text())["rows"]
+    rows = [{"of": row.pop("table"), **row} for row in told]
+    ours = [row for row in rows if row["of"] in (WEIGHTS, ROUNDED, PARTS)]
+    return ours, [{k: v for k, v in row.items() if k != "of"} for row in rows if row["of"] == _PREMISE_TITLE]
+
+
+def _label(run: Run) -> str:
+    return {"": "bfloat16", "llmcompressor": "gptq of llmcompressor"}.get(run.method, run.method)
+
+
 def _row(run: Run, found: dict[str, Any]) -> Row:
-    method = run.method or "bfloat16"
-    method = "gptq of llmcompressor" if method == "llmcompressor" else method
+    method = _label(run)
     row: Row = {
         "of": run.table,
         "method": f"{method} + distillation" if found.get("distill") else method,

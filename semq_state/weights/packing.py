@@ -1,7 +1,7 @@
 """Symbols of a few bits as planes of bytes, and back.
 
-A word of several symbols is folded onto its lowest byte by shifts: whole words at a time, as fast as memory. In which
-order the symbols of a byte stand depends on the machine, so packed symbols are for memory only.
+Whole words are folded onto their lowest bytes by shifts, as fast as memory is read. In which order the symbols of a
+byte stand depends on the machine, so packed symbols are for memory only.
 """
 
 from __future__ import annotations
