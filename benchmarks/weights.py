@@ -4,8 +4,8 @@
 
 Each row is a process of its own. The tables are written after every row; with `--minutes` none is begun after that
 time, and the notes name what was left out, with which `--resume` goes on. Takes about two hours on two cores. Needs
-the demo model and `pip install 'semq-state[bench]'`; with `--peer PYTHON`, a Python that has llmcompressor, its GPTQ
-is measured too.
+the demo model and `pip install 'semq-state[bench]'`; with `--peer PYTHON`, a Python that has llmcompressor, its own
+GPTQ is measured too.
 """
 
 from __future__ import annotations
