@@ -37,10 +37,11 @@ Calibration: {windows} windows of {window} tokens of WikiText-2 valid (the paper
 and output layer stay as they are, as in the papers. `group` 0 is one scale for a row. `bits_per_weight`: what a
 real file of the quantised matrices holds, symbols entropy coded, scales, zero points, kept values and branches
 included, over their number; of llmcompressor arithmetic. `cpu_seconds`: processor time of quantising; other work
-ran beside it. `peak_mib`: most memory above what the process held with the model loaded; of llmcompressor the whole
-process. `distillation`: {distilled} steps of one window each, on top of the row above; time and memory of these
-alone. `paper`: OPT-125M in SEPTQ's paper, per channel. In the second table the inputs of the layers are rounded to
-4 bits too, token by token; in `perplexity_kv4` keys and values as well.{left}"""
+ran beside it. `peak_mib`: most memory above what the process held when the model was loaded; the model's own 257
+MiB are among it, since they are mapped and read only then; of llmcompressor the whole process. `distillation`:
+{distilled} steps of one window each, on top of the row above; time and memory of these alone. `paper`: OPT-125M in
+SEPTQ's paper, per channel. In the second table the inputs of the layers are rounded to 4 bits too, token by token;
+in `perplexity_kv4` keys and values as well.{left}"""
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,15 @@ def runs(with_peer: bool) -> Iterator[Run]:
             yield Run(WEIGHTS, method, 2, group, distill=N_DISTILLED if method == "neuqi" else 0)
     for method in ("specquant", "gptq", "rtn"):
         yield Run(ROUNDED, method, 4, activation=4)
+    for method in ("septq", "gptq", "neuqi", "rtn"):
+        yield Run(WEIGHTS, method, 3, distill=N_DISTILLED if method == "neuqi" else 0)
+    for method in ("neuqi", "gptq", "septq", "rtn"):
+        yield Run(WEIGHTS, method, 3, 128)
     for group in (0, 128):
-        for method in ("septq", "gptq", "neuqi", "rtn"):
-            yield Run(WEIGHTS, method, 3, group, distill=N_DISTILLED if method == "neuqi" else 0)
-        if with_peer and not group:
-            yield Run(WEIGHTS, "llmcompressor", 3)
-    for group in (0, 128):
-        for method in ("gptq", "specquant", "neuqi", "septq", "rtn"):
+        for method in ("specquant", "gptq", "neuqi", "rtn", "septq"):
             yield Run(WEIGHTS, method, 4, group)
+    if with_peer:
+        yield Run(WEIGHTS, "llmcompressor", 3)
     yield Run(ROUNDED, "specquant, smoothing alone", 4, activation=4)
     yield Run(PARTS, "gptq, shrunk grid", 2, 128)
     yield Run(WEIGHTS, "specquant", 3)
@@ -92,7 +94,7 @@ def runs(with_peer: bool) -> Iterator[Run]:
         yield Run(WEIGHTS, "specquant", bits, group)
     yield Run(ROUNDED, "specquant", 4, 128, activation=4)
     if with_peer:
-        for bits in (2, 4):
+        for bits in (4, 2):
             yield Run(WEIGHTS, "llmcompressor", bits)
 
 
