@@ -160,7 +160,7 @@ def test_info_counts_what_is_stored(path: Path) -> None:
     info = save_weights(model.semq_weights, path)
     told = info.as_dict()
     assert json.loads(json.dumps(told)) == told
-    assert info.n_parameters == sum(p.numel() for p in model.parameters())
+    assert info.n_parameters == sum(t.numel() for t in [*model.parameters(), *model.buffers()])
     assert info.n_bytes == path.stat().st_size
     assert info.bits_per_weight == 8 * info.n_bytes / info.n_parameters
     header = json.loads(path.read_bytes()[8:].split(b"\n")[0][: int.from_bytes(path.read_bytes()[:8], "little")])

@@ -19,7 +19,7 @@ class WeightsInfo:
         weights_id: the identity of these weights.
         origin: the model that they were made from.
         recipe: how they were made.
-        n_parameters: of the model, tied ones once.
+        n_parameters: numbers of the model, its buffers among them, tied ones once.
         n_quantized: how many of them are symbols.
         stored: bits of a symbol to how many parameters have such, and how many bytes they take, scales included.
     """
