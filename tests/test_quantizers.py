@@ -120,6 +120,9 @@ class TestHessian:
         assert (factor[3, 4:] == 0).all()
         assert (factor[:3, 3] == 0).all()
 
+    def test_a_layer_that_only_saw_zeros_has_a_factor(self) -> None:
+        assert torch.isfinite(hessian.factor(torch.zeros(4, 4), "layer")).all()
+
     def test_a_singular_one_is_refused_by_the_layer_s_name(self) -> None:
         with pytest.raises(QuantizationError, match=r"model\.layers\.7"):
             hessian.factor(torch.diag(torch.tensor([1.0, -1.0, 1.0])), "model.layers.7")
@@ -270,8 +273,8 @@ class TestSmoothing:
 
     def test_is_the_formula(self) -> None:
         most, largest = torch.tensor([1.0, 16.0]), torch.tensor([4.0, 1.0])
-        found = smoothing.factors(most, largest, 0.5)
-        assert float(found[1] / found[0]) == pytest.approx((16**0.5) / (1 / 4**0.5), rel=1e-2)
+        found = smoothing.factors(most, largest, 0.25)
+        assert float(found[1] / found[0]) == pytest.approx((16**0.25) / (1 / 4**0.75), rel=1e-2)
 
     def test_none_is_taken_where_none_is_better(self) -> None:
         inputs, weights = numbers(20, 4), numbers(3, 4)
@@ -299,6 +302,9 @@ class TestPerToken:
     def test_keeps_zeros(self) -> None:
         assert torch.equal(per_token(torch.zeros(2, 4), 4), torch.zeros(2, 4))
         assert per_token(torch.tensor([[0.0, 3.0, 7.0]]), 4)[0, 0] == 0
+        # 0 is a level of the grid even where all values are above it.
+        levels = per_token(torch.tensor([[5.0, 6.1, 7.5]]), 4) / (7.5 / 15)
+        assert torch.allclose(levels, levels.round(), atol=1e-4)
 
 
 class TestPacking:
