@@ -41,7 +41,7 @@ ran beside it. `peak_mib`: most memory above what the process held when the mode
 MiB are among it, since they are mapped and read only then; of llmcompressor the whole process. `distillation`:
 {distilled} steps of one window each, on top of the row above; time and memory of these alone. `paper`: OPT-125M in
 SEPTQ's paper, per channel. In the second table the inputs of the layers are rounded to 4 bits too, token by token;
-in `perplexity_kv4` keys and values as well.{left}"""
+in `perplexity_kv4` keys and values as well.{resumed}{left}"""
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ def _written(rows: list[Row], premise: list[Row], left: list[str], given: argpar
         windows=given.windows[0],
         window=given.windows[1],
         distilled=N_DISTILLED,
+        resumed=" The rows were measured in several sittings, one or two at a time." if given.resume else "",
         left=f"\nNot run for lack of time, or failed: {'; '.join(left)}." if left else "",
     )
     tables: dict[str, list[Row]] = {_PREMISE_TITLE: premise}
